@@ -1,0 +1,65 @@
+"""Writing without leaving halves, and hashing what was written."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lowbit.errors import CannotWrite
+from lowbit.units import MIB
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives a path beside ``path`` to write to; renames it over ``path`` when the block ends without an error.
+
+    On any error the partial file is removed, and an OSError becomes a CannotWrite that names the final path.
+    """
+    final = Path(path)
+    partial = final.with_name(f"{final.name}.{os.getpid()}.partial")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        with open(partial, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(partial, final)
+    except OSError as error:
+        raise cannot_write(final, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def cannot_write(path: Path, error: OSError) -> CannotWrite:
+    """The one-line form of a failed write."""
+    hints = {
+        errno.ENOSPC: "Free some disk space or choose another place with --out",
+        errno.EDQUOT: "Free some disk space or choose another place with --out",
+        errno.EACCES: "Choose a place you may write to",
+        errno.EPERM: "Choose a place you may write to",
+        errno.EROFS: "Choose a place you may write to",
+        errno.ENOTDIR: "A part of the path is a file",
+    }
+    reason = error.strerror or str(error)
+    return CannotWrite(f"cannot write: {reason}", where=path, hint=hints.get(error.errno or 0))
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes ``value`` as indented UTF-8 JSON, whole or not at all."""
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """The file's SHA-256 as hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while chunk := handle.read(4 * MIB):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,77 @@
+"""The contract of a grid: the arithmetic of one storage format, written once over an array namespace.
+
+A grid file (``q4_0.py``) defines one subclass and its instance ``GRID``; ``lowbit.grid.get("q4_0")`` finds it by
+file name. Every method takes numpy arrays or torch tensors and answers in kind; results are bit-identical in both
+and with the ggml C library that executes the format (tests/golden holds blocks made by that library).
+
+Shapes: weights are (..., n) float32 with n a multiple of ``block_size``; n_blocks = n / block_size.
+"""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+Array = Any  # numpy.ndarray or torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """What a format stores, before it is laid out in bytes.
+
+    codes:  (..., n_blocks, block_size) int8, signed (Q4_0: -8..7, Q8_0: -127..127);
+            for the float formats (..., n) in the stored dtype's bits (float16, uint16 for BF16, float32).
+    scales: (..., n_blocks) float16, or None for the float formats.
+    """
+
+    codes: Array
+    scales: Array | None = None
+
+
+def namespace(x: Array) -> Any:
+    """The array namespace of ``x``: the torch module for a tensor, else numpy. Never imports torch."""
+    torch = sys.modules.get("torch")
+    return torch if torch is not None and isinstance(x, torch.Tensor) else np
+
+
+class Grid(ABC):
+    """One storage format. Subclasses set the class variables and write the four methods."""
+
+    name: ClassVar[str]  # lowbit's and llama.cpp's spelling, lower case: "q4_0"
+    ggml_type: ClassVar[int]  # gguf.GGMLQuantizationType value
+    block_size: ClassVar[int]  # weights a block
+    block_bytes: ClassVar[int]  # bytes a block
+    max_code: ClassVar[int] = 0  # codes run from min_code to max_code; 0 for the float formats
+    min_code: ClassVar[int] = 0
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8.0 * self.block_bytes / self.block_size
+
+    @property
+    def has_scales(self) -> bool:
+        return self.max_code > 0
+
+    @abstractmethod
+    def quantize(self, x: Array) -> Blocks:
+        """Rounds ``x`` (..., n) float32 by ggml's own rule. Raises BadFile on NaN or Inf."""
+
+    @abstractmethod
+    def dequantize(self, blocks: Blocks) -> Array:
+        """The float32 values (..., n) that the runtime computes with."""
+
+    @abstractmethod
+    def pack(self, blocks: Blocks) -> np.ndarray:
+        """The stored bytes: (..., n_blocks * block_bytes) uint8. numpy only."""
+
+    @abstractmethod
+    def unpack(self, raw: np.ndarray) -> Blocks:
+        """The inverse of ``pack``. numpy only."""
+
+    def encode(self, x: Array, scales: Array) -> Blocks:
+        """The nearest codes for ``x`` (..., n) on the given float16 ``scales`` (..., n_blocks). Scaled formats only."""
+        raise NotImplementedError(f"{self.name} has no scales")
