@@ -1,0 +1,112 @@
+"""The ``lowbit`` command: finds the verb, parses, calls, prints. No verb's work is done here.
+
+Only the chosen verb's file is imported, and a verb's file imports its machinery when it runs, so that ``--help``
+answers at once. Exit codes: 0 done, 1 a fault of lowbit's own, 2 bad input or options, 3 the runtime failed, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn, cast
+
+from lowbit import __version__, console
+from lowbit.errors import LowbitError
+
+# verb -> its line in `lowbit --help`; the verb's arguments are in the file of the same name.
+VERBS = {
+    "ship": "train, pack, measure and report: one command to the artifact that ships",
+    "train": "quantization-aware training by distillation, on the exact grid of the target format",
+    "pack": "write a checkpoint as GGUF, a tensor at a time",
+    "inspect": "what is this file: architecture, tensors, types, bits per weight",
+    "measure": "fidelity, speed and memory of packed files in llama.cpp, with intervals",
+    "report": "make a run folder's report again and print it",
+    "chat": "talk to a packed file in the terminal",
+}
+
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors in one line, in the form every other lowbit error has."""
+
+    def error(self, message: str) -> NoReturn:
+        one_line = " ".join(message.split())
+        self.exit(2, f"lowbit: {one_line}. `{self.prog} --help` lists the options\n")
+
+
+def build_parser(verb: str | None) -> Parser:
+    """The parser with every verb's line, and the arguments of ``verb`` alone."""
+    parser = Parser(
+        prog="lowbit",
+        description="Take an open-weight language model to the low-bit artifact that will ship, and prove it.",
+        epilog="`lowbit VERB --help` explains a verb. Start with: lowbit ship smollm2-135m --minutes 3",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"lowbit {__version__}")
+    _add_global_options(parser, default=False)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, title="verbs")
+    for name, line in VERBS.items():
+        if name == verb:
+            module = importlib.import_module(f"lowbit.cli.{name}")
+            sub = verbs.add_parser(name, help=line, description=module.__doc__, allow_abbrev=False)
+            module.add_arguments(sub)
+            sub.set_defaults(run=module.run)
+            # After the verb as well, where people type them; SUPPRESS keeps what stood before the verb.
+            _add_global_options(sub, default=argparse.SUPPRESS)
+        else:
+            verbs.add_parser(name, help=line, add_help=False)
+    return parser
+
+
+def _add_global_options(parser: argparse.ArgumentParser, default: bool | str) -> None:
+    group = parser.add_argument_group("on every verb")
+    group.add_argument("--quiet", action="store_true", default=default, help="no progress and no log lines")
+    group.add_argument("--debug", action="store_true", default=default, help="show the traceback of an error")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    # No global option takes a value, so the first word without a dash is the verb.
+    verb = next((word for word in words if not word.startswith("-")), None)
+    debug = "--debug" in words
+    try:
+        args = build_parser(verb).parse_args(words)
+        console.set_quiet(args.quiet)
+        status = cast(int, args.run(args))
+        sys.stdout.flush()
+        return status
+    except SystemExit as stop:  # argparse: --help, --version, bad usage
+        return stop.code if isinstance(stop.code, int) else 2
+    except BrokenPipeError:
+        # The reader (head, a pager) left. Give the interpreter's own flush at exit somewhere to go.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        resumable = verb in ("ship", "train")
+        return _fail("interrupted" + ("; the same command goes on from here" if resumable else ""), INTERRUPTED)
+    except LowbitError as error:
+        if debug:
+            raise
+        return _fail(str(error), error.exit_code)
+    except Exception as error:
+        if debug:
+            raise
+        if isinstance(error, OSError) and error.filename is not None:
+            return _fail(f"{error.filename}: {error.strerror}", 2)
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        return _fail(f"a fault of lowbit's own: {text}. Add --debug for the traceback", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"lowbit: {message}", file=sys.stderr, flush=True)
+    return code

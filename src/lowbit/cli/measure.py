@@ -1,0 +1,34 @@
+"""Fidelity, speed and memory of packed files, each run in llama.cpp, against a reference on a held-out text."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from lowbit.cli import output
+from lowbit.cli.training import positive
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("artifacts", metavar="ARTIFACT", nargs="+", help="GGUF files")
+    parser.add_argument("--against", metavar="REFERENCE", required=True, help="a GGUF of high precision or a MODEL")
+    parser.add_argument("--text", metavar="FILE", required=True, help="held-out text, UTF-8")
+    parser.add_argument("--chunk", type=positive, default=512, metavar="N", help="tokens a chunk (default: 512)")
+    parser.add_argument("--chunks", type=positive, metavar="N", help="how many chunks (default: the whole text)")
+    parser.add_argument("--no-speed", action="store_true", help="leave out speed and memory")
+    output.add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from lowbit.measure import MeasureOptions, measure
+
+    options = MeasureOptions(chunk=args.chunk, chunks=args.chunks, speed=not args.no_speed)
+    with output.results_only():
+        measured = measure(args.artifacts, against=args.against, text=args.text, options=options)
+    if args.json:
+        output.write_result(measured, args.json)
+    if args.json != "-":
+        from lowbit.report import terminal
+
+        terminal.show_measurement(measured, sys.stdout)
+    return 0

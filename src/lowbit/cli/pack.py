@@ -1,0 +1,28 @@
+"""Write a checkpoint as GGUF. Codes and scales that training ended on are written as they are, never rounded again."""
+
+from __future__ import annotations
+
+import argparse
+
+from lowbit.cli import output
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint folder, or any MODEL")
+    parser.add_argument("--recipe", default="q4_0", help="which tensor goes on which grid (default: q4_0)")
+    parser.add_argument("-o", "--out", metavar="FILE", required=True, help="the GGUF to write")
+    parser.add_argument("--naive", action="store_true", help="round every tensor as llama.cpp's quantize does")
+
+
+def run(args: argparse.Namespace) -> int:
+    from lowbit import console, recipe
+    from lowbit.checkpoint import open_checkpoint
+    from lowbit.pack import pack
+    from lowbit.units import bits_per_weight, format_bytes
+
+    with output.results_only(), open_checkpoint(args.checkpoint) as checkpoint:
+        packed = pack(checkpoint, recipe.get(args.recipe), args.out, naive=args.naive)
+    bits = bits_per_weight(packed.size_bytes, packed.n_weights)
+    console.log(f"{format_bytes(packed.size_bytes)}, {bits:.2f} bits per weight")
+    print(packed.path)
+    return 0

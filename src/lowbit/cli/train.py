@@ -1,0 +1,22 @@
+"""Quantization-aware training by distillation, to a checkpoint that `lowbit pack` writes without rounding again."""
+
+from __future__ import annotations
+
+import argparse
+
+from lowbit.cli import output, training
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="smollm2-135m, gemma3-270m, a folder, a hub id or a GGUF")
+    parser.add_argument("-o", "--out", metavar="DIR", required=True, help="the checkpoint folder to write")
+    training.add_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from lowbit.train import TrainOptions, train
+
+    with output.results_only():
+        train(args.model, args.out, options=TrainOptions(**training.options(args)))
+    print(args.out)
+    return 0
