@@ -1,0 +1,457 @@
+"""llama.cpp in this process: full-vocabulary logits, generation and chat from a GGUF file.
+
+Every setting that is not named here stays at llama.cpp's own default. In particular weights are repacked at load where
+the CPU has a faster layout for them (Q4_0 into interleaved rows): that is what a user's llama.cpp computes with, and it
+is the same on every run on one machine. Between CPUs with different vector units results differ in the last bits.
+"""
+
+from __future__ import annotations
+
+import codecs
+import ctypes
+import os
+import weakref
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from lowbit.errors import BadFile, BadOption, BadText, NotFound, RuntimeFailed
+from lowbit.run import _chat_template, _llama_h
+from lowbit.run._cores import available_cores
+
+# Name -> ggml_type of the KV cache types that llama.cpp's own --cache-type-k takes.
+KV_TYPES: dict[str, int] = {
+    "f32": 0,
+    "f16": 1,
+    "bf16": 30,
+    "q8_0": 8,
+    "q4_0": 2,
+    "q4_1": 3,
+    "q5_0": 6,
+    "q5_1": 7,
+    "iq4_nl": 20,
+}
+_UNQUANTIZED = ("f32", "f16", "bf16")
+
+
+class LlamaCpp:
+    """A GGUF model, loaded and ready to run. A context manager; close() frees the model.
+
+    path:            the GGUF file
+    context:         tokens a sequence may have; 0 means what the model was trained for
+    ubatch:          tokens decoded at a time; bounds the memory of logits() to (ubatch, n_vocab) float32
+    threads:         None means the physical cores this process may use
+    kv_type:         type of the KV cache, one of KV_TYPES
+    flash_attention: None leaves the choice to llama.cpp. With it on, an f32 cache computes as f16 does: a true f32
+                     reference needs kv_type="f32", flash_attention=False. A quantized cache needs it on.
+    logits_all:      False keeps room for one row of logits only: generation and chat, but no logits()
+
+    Raises NotFound, BadFile (not a GGUF, truncated, unknown architecture), BadOption, RuntimeFailed.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        context: int = 512,
+        ubatch: int = 512,
+        threads: int | None = None,
+        kv_type: str = "f16",
+        flash_attention: bool | None = None,
+        logits_all: bool = True,
+    ) -> None:
+        self.path = Path(path)
+        self.threads = available_cores() if threads is None else threads
+        _check_options(context, ubatch, self.threads, kv_type, flash_attention)
+        _check_file(self.path)
+        self._llama = _llama_h.load()
+        self._lib = self._llama.lib
+        self.logits_all = logits_all
+        self._model = self._load_model()
+        self._free_model = weakref.finalize(self, self._lib.llama_model_free, self._model)
+        try:
+            self._vocab = self._lib.llama_model_get_vocab(self._model)
+            self.n_vocab: int = self._lib.llama_vocab_n_tokens(self._vocab)
+            self._context = self._new_context(context, ubatch, kv_type, flash_attention)
+        except BaseException:
+            self._free_model()
+            raise
+        self._free_context = weakref.finalize(self, self._lib.llama_free, self._context)
+        self.context: int = self._lib.llama_n_ctx(self._context)
+        self.ubatch = ubatch
+        self._batch = _BatchBuffers(ubatch)
+        self._past = 0  # tokens in the KV cache
+
+    def _load_model(self) -> int:
+        params = self._lib.llama_model_default_params()
+        self._llama.log.take()
+        model = self._lib.llama_model_load_from_file(os.fsencode(self.path), params)
+        if not model:
+            raise BadFile(
+                "llama.cpp cannot load this file",
+                where=self.path,
+                found=self._llama.log.take() or None,
+                hint="Is the file whole, and its architecture known to llama.cpp? LOWBIT_DEBUG=1 shows its log",
+            )
+        return int(model)
+
+    def _new_context(self, context: int, ubatch: int, kv_type: str, flash_attention: bool | None) -> int:
+        outputs = ubatch if self.logits_all else 1
+        params = self._lib.llama_context_default_params()
+        params.n_ctx = context
+        params.n_batch = params.n_ubatch = ubatch
+        params.n_outputs_max = params.n_outputs_max_per_seq = outputs
+        params.n_threads = params.n_threads_batch = self.threads
+        params.type_k = params.type_v = KV_TYPES[kv_type]
+        params.flash_attn_type = -1 if flash_attention is None else int(flash_attention)
+        params.swa_full = False  # as llama.cpp's programs do: a sliding-window layer keeps its window only
+        self._llama.log.take()
+        handle = self._lib.llama_init_from_model(self._model, params)
+        if not handle:
+            raise RuntimeFailed(
+                "llama.cpp cannot make a context for this model",
+                where=self.path,
+                found=self._llama.log.take() or None,
+                hint="A smaller context or another KV type may work; LOWBIT_DEBUG=1 shows llama.cpp's log",
+            )
+        asked = {"n_batch": min(ubatch, self._lib.llama_n_batch(handle)), "n_ubatch": ubatch, "n_threads": self.threads}
+        for name, value in asked.items():
+            found = getattr(self._lib, f"llama_{name}")(handle)
+            if found != value:
+                self._lib.llama_free(handle)
+                raise RuntimeFailed(f"llama.cpp reports {name} = {found} where {value} was set", where=self.path)
+        return int(handle)
+
+    def close(self) -> None:
+        """Frees the context and the model; further calls on this object raise RuntimeFailed."""
+        self._free_context()
+        self._free_model()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # What the file says
+
+    @property
+    def model_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return int(self._lib.llama_model_size(self._open_model()))
+
+    @property
+    def n_weights(self) -> int:
+        """Elements of all tensors; a tied embedding counts once."""
+        return int(self._lib.llama_model_n_params(self._open_model()))
+
+    @property
+    def n_context_train(self) -> int:
+        """The context length that the model was trained for, in tokens."""
+        return int(self._lib.llama_model_n_ctx_train(self._open_model()))
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The file's key-values as llama.cpp prints them (arrays shortened)."""
+        model, found = self._open_model(), {}
+        for i in range(self._lib.llama_model_meta_count(model)):
+            key = _string(self._lib.llama_model_meta_key_by_index, model, i)
+            found[key] = _string(self._lib.llama_model_meta_val_str_by_index, model, i)
+        return found
+
+    # Tokens
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether the tokenizer puts a beginning-of-sequence token first."""
+        self._open_model()
+        return bool(self._lib.llama_vocab_get_add_bos(self._vocab))
+
+    @property
+    def bos(self) -> int:
+        """Id of the beginning-of-sequence token, -1 where there is none."""
+        self._open_model()
+        return int(self._lib.llama_vocab_bos(self._vocab))
+
+    @property
+    def eos(self) -> int:
+        """Id of the end-of-sequence token, -1 where there is none."""
+        self._open_model()
+        return int(self._lib.llama_vocab_eos(self._vocab))
+
+    def ends(self, token: int) -> bool:
+        """Whether generation ends at this token (end of sequence, of turn, ...)."""
+        self._open_model()
+        return bool(self._lib.llama_vocab_is_eog(self._vocab, token))
+
+    def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
+        """Token ids of a text.
+
+        add_special:   put BOS (and EOS) where the model's tokenizer does
+        parse_special: read "<|im_start|>" and the like as control tokens rather than as text
+        """
+        self._open_model()
+        try:
+            raw = text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise BadText("the text has a lone surrogate", where=f"character {error.start}") from None
+        room = len(raw) + 8
+        while True:
+            ids = (ctypes.c_int32 * room)()
+            n = self._lib.llama_tokenize(self._vocab, raw, len(raw), ids, room, add_special, parse_special)
+            if n >= 0:
+                return ids[:n]
+            if -n <= room:
+                raise RuntimeFailed("llama.cpp cannot tokenize this text", where=self.path, found=f"{len(raw)} bytes")
+            room = -n
+
+    def detokenize(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """The text of token ids; ``special`` spells control tokens out. Bytes that are not UTF-8 become U+FFFD."""
+        self._check_ids(ids)
+        tokens = (ctypes.c_int32 * max(1, len(ids)))(*ids)
+        room = 16 * len(ids) + 64
+        while True:
+            text = ctypes.create_string_buffer(room)
+            n = self._lib.llama_detokenize(self._vocab, tokens, len(ids), text, room, False, special)
+            if n >= 0:
+                return text.raw[:n].decode("utf-8", "replace")
+            room = -n
+
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        """The bytes that one token stands for; may end within a UTF-8 character."""
+        self._check_ids([token])
+        room = 64
+        while True:
+            text = ctypes.create_string_buffer(room)
+            n = self._lib.llama_token_to_piece(self._vocab, token, text, room, 0, special)
+            if n >= 0:
+                return text.raw[:n]
+            room = -n
+
+    # Running
+
+    def reset(self) -> None:
+        """Forgets the sequence: the next token is the first."""
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._open_context()), True)
+        self._past = 0
+
+    def logits(self, tokens: Sequence[int] | np.ndarray, start: int = 0) -> Iterator[tuple[int, np.ndarray]]:
+        """Full-vocabulary logits of a fresh sequence, streamed: (offset, float32 (k, n_vocab)) for consecutive runs.
+
+        Row i of a run belongs to position offset + i and predicts the token at offset + i + 1. Only positions from
+        ``start`` on are given; those before are decoded without computing their logits. Each array is the caller's
+        own; memory is bounded by (ubatch, n_vocab).
+        """
+        if not self.logits_all:
+            raise BadOption("this model was opened with logits_all=False", where=self.path)
+        ids = self._fitting(tokens)
+        self.reset()
+        # The part that only fills the cache and the part with logits are decoded apart, so that where ``start`` lies
+        # does not change how many rows share a slice.
+        edges = [*range(0, start, self.ubatch), *range(max(0, start), len(ids), self.ubatch), len(ids)]
+        for begin, end in zip(edges, edges[1:], strict=False):
+            rows = self._decode(ids[begin:end], all_logits=begin >= start)
+            if begin >= start:
+                yield begin, rows.copy()
+
+    def generate(
+        self,
+        tokens: Sequence[int],
+        max_tokens: int | None = None,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Collection[int] = (),
+        ignore_end: bool = False,
+    ) -> Iterator[int]:
+        """Continues a prompt, a token at a time, from a fresh sequence.
+
+        Ends before an end-of-generation token (unless ``ignore_end``) or a token in ``stop``, after ``max_tokens``,
+        or when the context is full. temperature 0 is greedy and takes the lowest id of equals; otherwise the
+        probabilities after temperature, then top_k (0: all), then top_p (1: all) are sampled with ``seed``.
+        """
+        if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+            raise BadOption(
+                "impossible sampling options",
+                found=f"temperature={temperature}, top_k={top_k}, top_p={top_p}",
+                expected="temperature >= 0, top_k >= 0, 0 < top_p <= 1",
+            )
+        ids = self._fitting(tokens)
+        self.reset()
+        rng = np.random.default_rng(seed)
+        for begin in range(0, len(ids), self.ubatch):
+            row = self._decode(ids[begin : begin + self.ubatch])[-1]
+        produced = 0
+        while max_tokens is None or produced < max_tokens:
+            token = sample(row, rng, temperature=temperature, top_k=top_k, top_p=top_p)
+            if token in stop or (not ignore_end and self.ends(token)):
+                return
+            yield token
+            produced += 1
+            if self._past >= self.context or produced == max_tokens:
+                return
+            row = self._decode(np.array([token], np.int32))[-1]
+
+    def prompt_of(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
+        """Token ids of a conversation in the file's own chat template, up to where the assistant's answer begins."""
+        source = self._lib.llama_model_chat_template(self._open_model(), None)
+        if not source:
+            raise BadFile(
+                "the file has no chat template", where=self.path, hint="Give the model plain text instead of messages"
+            )
+        text = _chat_template.render(
+            source.decode("utf-8", "replace"),
+            messages,
+            bos_token=self._spelled(self.bos),
+            eos_token=self._spelled(self.eos),
+            where=self.path,
+            **variables,
+        )
+        # A template that spells BOS itself must not get a second one.
+        spelled = self.bos >= 0 and text.startswith(self._spelled(self.bos))
+        return self.tokenize(text, add_special=not spelled, parse_special=True)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        max_tokens: int | None = None,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        **variables: Any,
+    ) -> Iterator[str]:
+        """The assistant's answer to a conversation, as pieces of text; options as generate() has them."""
+        prompt = self.prompt_of(messages, **variables)
+        answer = self.generate(prompt, max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for token in answer:
+            if piece := decoder.decode(self.piece(token)):
+                yield piece
+        if rest := decoder.decode(b"", True):
+            yield rest
+
+    # Inside
+
+    def _decode(self, ids: np.ndarray, all_logits: bool = False) -> np.ndarray:
+        """Appends tokens to the sequence. Gives llama.cpp's own buffer (valid until the next call): float32
+        (len(ids), n_vocab) with ``all_logits``, otherwise the last token's row, (1, n_vocab)."""
+        context = self._open_context()
+        status = self._lib.llama_decode(context, self._batch.fill(ids, self._past, all_logits))
+        if status != 0:
+            raise RuntimeFailed(
+                "llama.cpp could not decode", where=self.path, found=f"status {status} {self._llama.log.take()}".strip()
+            )
+        self._past += len(ids)
+        rows = len(ids) if all_logits else 1
+        return np.ctypeslib.as_array(self._lib.llama_get_logits(context), shape=(rows, self.n_vocab))
+
+    def _fitting(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        self._check_ids(tokens)
+        if not 0 < len(tokens) <= self.context:
+            raise BadOption(
+                "the sequence does not fit the context",
+                where=self.path,
+                found=f"{len(tokens)} tokens",
+                expected=f"1 to {self.context}",
+                hint="Open the model with a larger context",
+            )
+        return np.ascontiguousarray(tokens, np.int32)
+
+    def _check_ids(self, tokens: Sequence[int] | np.ndarray) -> None:
+        self._open_model()
+        ids = np.asarray(tokens)
+        if ids.size and (ids.min() < 0 or ids.max() >= self.n_vocab):
+            # llama.cpp would read past its table.
+            raise BadOption("a token id is out of range", found=int(ids.max()), expected=f"0 to {self.n_vocab - 1}")
+
+    def _spelled(self, token: int) -> str:
+        return self.piece(token, special=True).decode("utf-8", "replace") if token >= 0 else ""
+
+    def _open_model(self) -> int:
+        if not self._free_model.alive:
+            raise RuntimeFailed("this model was closed", where=self.path)
+        return self._model
+
+    def _open_context(self) -> int:
+        self._open_model()
+        return self._context
+
+
+def sample(logits: np.ndarray, rng: np.random.Generator, *, temperature: float, top_k: int, top_p: float) -> int:
+    """One token id drawn from a row of logits, (n_vocab,) float32; temperature 0 takes the largest."""
+    if temperature == 0:
+        return int(logits.argmax())
+    order = np.argsort(-logits, kind="stable")[: top_k or None]
+    scaled = logits[order].astype(np.float64) / temperature
+    p = np.exp(scaled - scaled[0])
+    p /= p.sum()
+    keep = int(np.searchsorted(np.cumsum(p), top_p)) + 1 if top_p < 1 else len(p)
+    p = p[:keep] / p[:keep].sum()
+    return int(order[:keep][rng.choice(len(p), p=p)])
+
+
+class _BatchBuffers:
+    """The arrays behind a llama_batch of up to ``size`` tokens of sequence 0, filled anew for each call."""
+
+    def __init__(self, size: int) -> None:
+        self.token = np.zeros(size, np.int32)
+        self.pos = np.zeros(size, np.int32)
+        self.n_seq_id = np.ones(size, np.int32)
+        self.sequence = np.zeros(1, np.int32)
+        self.seq_id = np.full(size, self.sequence.ctypes.data, np.uintp)
+        self.logits = np.zeros(size, np.int8)
+
+    def fill(self, ids: np.ndarray, past: int, all_logits: bool) -> _llama_h.Batch:
+        n = len(ids)
+        self.token[:n] = ids
+        self.pos[:n] = np.arange(past, past + n)
+        self.logits[:n] = all_logits
+        self.logits[n - 1] = 1
+        return _llama_h.Batch(
+            n_tokens=n,
+            token=self.token.ctypes.data,
+            pos=self.pos.ctypes.data,
+            n_seq_id=self.n_seq_id.ctypes.data,
+            seq_id=self.seq_id.ctypes.data,
+            logits=self.logits.ctypes.data,
+        )
+
+
+def _check_options(context: int, ubatch: int, threads: int, kv_type: str, flash_attention: bool | None) -> None:
+    if kv_type not in KV_TYPES:
+        raise BadOption("unknown KV cache type", found=kv_type, expected=", ".join(KV_TYPES))
+    if flash_attention is False and kv_type not in _UNQUANTIZED:
+        raise BadOption("a quantized KV cache needs flash attention", found=kv_type, expected=", ".join(_UNQUANTIZED))
+    for name, value, least in (("context", context, 0), ("ubatch", ubatch, 1), ("threads", threads, 1)):
+        if value < least:
+            raise BadOption(f"impossible {name}", found=value, expected=f"at least {least}")
+
+
+def _check_file(path: Path) -> None:
+    """Says plainly what llama.cpp would only log."""
+    try:
+        with open(path, "rb") as handle:
+            magic = handle.read(4)
+    except FileNotFoundError:
+        raise NotFound("no such file", where=path) from None
+    except OSError as error:
+        raise BadFile("cannot be read", where=path, found=error.strerror) from None
+    if magic != b"GGUF":
+        raise BadFile("not a GGUF file", where=path, found=f"the first bytes {magic!r}", expected="b'GGUF'")
+
+
+def _string(function: Any, model: int, index: int) -> str:
+    """A string that llama.cpp writes into a buffer, snprintf style."""
+    room = 256
+    while True:
+        text = ctypes.create_string_buffer(room)
+        n = function(model, index, text, room)
+        if n < room:
+            return text.value.decode("utf-8", "replace")
+        room = n + 1
