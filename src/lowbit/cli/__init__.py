@@ -1,7 +1,8 @@
 """The ``lowbit`` command: finds the verb, parses, calls, prints. No verb's work is done here.
 
 Only the chosen verb's file is imported, and a verb's file imports its machinery when it runs, so that ``--help``
-answers at once. Exit codes: 0 done, 1 a fault of lowbit's own, 2 bad input or options, 3 the runtime failed, 130 interrupted.
+answers at once. Exit codes: 0 done, 1 a fault of lowbit's own, 2 bad input or options, 3 the runtime failed, 130
+interrupted.
 """
 
 from __future__ import annotations

@@ -1,0 +1,185 @@
+"""Plots as inline SVG. Every label passes through markupsafe; colours and fonts come from the page's style sheet.
+
+A plot is drawn for a given width in CSS pixels and never scaled up, so that its text keeps its size: the page holds
+one for wide and one for narrow screens.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from lowbit.report.figures import Figure
+
+WIDE, NARROW = 880, 320
+
+# A series has a shape as well as a colour, so that it can be told without seeing the colour.
+_SHAPES = {
+    "model": '<circle class="mark s-model" cx="{x}" cy="{y}" r="6"/>',
+    "naive": '<rect class="mark s-naive" x="{x0}" y="{y0}" width="11" height="11"/>',
+    "calibrated": '<path class="mark s-calibrated" d="M{x} {ya}L{xb} {y}L{x} {yb}L{xa} {y}Z"/>',
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of an interval plot: a label, a series (naive, calibrated, model) and its figure."""
+
+    label: str
+    series: str
+    figure: Figure
+
+
+def ticks(high: float, count: int = 5) -> list[float]:
+    """Round numbers from 0 to the first one at or above ``high``, in steps of 1, 2 or 5 times a power of ten."""
+    if high <= 0:
+        return [0.0, 1.0]
+    raw = high / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * (1 - 1e-9))
+    return [i * step for i in range(math.ceil(high / step - 1e-9) + 1)]
+
+
+def tick_label(value: float) -> str:
+    return f"{value:.6f}".rstrip("0").rstrip(".") if abs(value) < 1e6 else f"{value:.0e}"
+
+
+def interval_plot(rows: Sequence[Row], axis: str, *, width: int = WIDE) -> Markup:
+    """Values with their 95% intervals on a common axis from 0, labelled in place."""
+    narrow = width < 600
+    left, right, top, row_height = (8, 60, 4, 52) if narrow else (150, 90, 8, 38)
+    marks = ticks(max(row.figure.high for row in rows), 4 if narrow else 6)
+    bottom = top + row_height * len(rows)
+    scale = (width - left - right) / marks[-1]
+
+    parts = [_x_axis(marks, scale, left, top, bottom), _axis_title(axis, left, bottom + 40)]
+    for index, row in enumerate(rows):
+        y = top + row_height * index + (36 if narrow else row_height / 2)
+        parts.append(_interval_row(row, left, scale, y, label_above=narrow))
+    label = axis + ": " + "; ".join(f"{r.label} {r.figure.short} ({r.figure.interval})" for r in rows)
+    return _svg(width, bottom + 48, label, parts)
+
+
+def _interval_row(row: Row, left: float, scale: float, y: float, *, label_above: bool) -> Markup:
+    figure = row.figure
+    low, x, high = (left + max(0.0, v) * scale for v in (figure.low, figure.value, figure.high))
+    name = (
+        Markup('<text class="name" x="{}" y="{}">{}</text>').format(left, _n(y - 16), row.label)
+        if label_above
+        else Markup('<text class="name" text-anchor="end" x="{}" y="{}">{}</text>').format(
+            left - 14, _n(y + 5), row.label
+        )
+    )
+    line = Markup('<path class="range s-{}" d="M{} {}H{}"/>').format(row.series, _n(low), _n(y), _n(high))
+    value = Markup('<text class="value" x="{}" y="{}">{}</text>').format(_n(high + 12), _n(y + 5), figure.short)
+    return name + line + _mark(row.series, x, y) + value
+
+
+def _mark(series: str, x: float, y: float) -> Markup:
+    shape = _SHAPES.get(series, _SHAPES["model"])
+    return Markup(shape).format(
+        x=_n(x), y=_n(y), x0=_n(x - 5.5), y0=_n(y - 5.5), xa=_n(x - 7), xb=_n(x + 7), ya=_n(y - 7), yb=_n(y + 7)
+    )
+
+
+def bar_plot(rows: Sequence[tuple[str, str, float, str]], axis: str, *, width: int = WIDE) -> Markup:
+    """Horizontal bars from 0. Each row: label, series, value, and the value as printed."""
+    narrow = width < 600
+    left, right, top, row_height = (8, 76, 4, 50) if narrow else (150, 90, 8, 34)
+    scale = (width - left - right) / (max(value for _, _, value, _ in rows) or 1.0)
+    parts = []
+    for index, (name, series, value, printed) in enumerate(rows):
+        y = top + row_height * index + (36 if narrow else row_height / 2)
+        anchor, x, y_name = ("start", left, y - 15) if narrow else ("end", left - 14, y + 5)
+        length = max(1.0, value * scale)
+        parts += [
+            Markup('<text class="name" text-anchor="{}" x="{}" y="{}">{}</text>').format(anchor, x, _n(y_name), name),
+            Markup('<rect class="bar s-{}" x="{}" y="{}" width="{}" height="16" rx="2"/>').format(
+                series, left, _n(y - 8), _n(length)
+            ),
+            Markup('<text class="value" x="{}" y="{}">{}</text>').format(_n(left + length + 8), _n(y + 5), printed),
+        ]
+    label = axis + ": " + "; ".join(f"{name} {printed}" for name, _, _, printed in rows)
+    return _svg(width, top + row_height * len(rows) + 6, label, parts)
+
+
+def curve_plot(
+    loss: Sequence[tuple[float, float]], kld: Sequence[tuple[float, float]], *, width: int = WIDE, height: int = 300
+) -> Markup:
+    """Loss and KLD against minutes, both in nats per token. Points are (minutes, nats)."""
+    left, right, top, bottom = 52, 92 if width >= 600 else 74, 28, height - 48
+    x_marks = ticks(max(x for x, _ in [*loss, *kld]), 6 if width >= 600 else 3)
+    y_marks = ticks(max(y for _, y in [*loss, *kld]), 5)
+    x_scale, y_scale = (width - left - right) / x_marks[-1], (bottom - top) / y_marks[-1]
+
+    parts = [_x_axis(x_marks, x_scale, left, top, bottom, lines=False)]
+    for mark in y_marks:
+        y = bottom - mark * y_scale
+        parts.append(Markup('<path class="grid" d="M{} {}H{}"/>').format(left, _n(y), width - right))
+        parts.append(
+            Markup('<text class="tick" text-anchor="end" x="{}" y="{}">{}</text>').format(
+                left - 8, _n(y + 4), tick_label(mark)
+            )
+        )
+    parts.append(Markup('<text class="axis" x="4" y="14">nats per token</text>'))
+    parts.append(_axis_title("minutes of training", left, bottom + 40))
+
+    ends = []
+    for name, series, points in (("loss", "loss", loss), ("KLD, held out", "model", kld)):
+        if not points:
+            continue
+        places = [(left + x * x_scale, bottom - max(0.0, y) * y_scale) for x, y in points]
+        path = "M" + "L".join(f"{_n(x)} {_n(y)}" for x, y in places)
+        parts.append(Markup('<path class="line s-{}" d="{}"/>').format(series, path))
+        if series == "model" and len(places) <= 40:
+            parts += [
+                Markup('<circle class="mark s-model" cx="{}" cy="{}" r="3.5"/>').format(_n(x), _n(y)) for x, y in places
+            ]
+        ends.append([places[-1][1], places[-1][0], name, series])
+    parts += _end_labels(ends)
+    return _svg(width, height, "Training loss and KLD against minutes", parts)
+
+
+def _end_labels(ends: list[list[Any]]) -> list[Markup]:
+    """Each line's name at its right end, pushed apart if they would touch."""
+    ends.sort()
+    for above, below in itertools.pairwise(ends):
+        below[0] = max(below[0], above[0] + 17)
+    return [
+        Markup('<text class="name t-{}" x="{}" y="{}">{}</text>').format(series, _n(x + 8), _n(y + 4), name)
+        for y, x, name, series in ends
+    ]
+
+
+def _x_axis(
+    marks: Sequence[float], scale: float, left: float, top: float, bottom: float, *, lines: bool = True
+) -> Markup:
+    out = Markup("")
+    for mark in marks:
+        x = _n(left + mark * scale)
+        if lines:
+            out += Markup('<path class="grid" d="M{} {}V{}"/>').format(x, top, bottom)
+        anchor = "start" if mark == marks[0] and left < 20 else "middle"
+        out += Markup('<text class="tick" text-anchor="{}" x="{}" y="{}">{}</text>').format(
+            anchor, x, bottom + 18, tick_label(mark)
+        )
+    return out
+
+
+def _axis_title(title: str, x: float, y: float) -> Markup:
+    return Markup('<text class="axis" x="{}" y="{}">{}</text>').format(_n(x), _n(y), title)
+
+
+def _svg(width: float, height: float, label: str, parts: Sequence[Markup]) -> Markup:
+    return Markup('<svg role="img" aria-label="{}" viewBox="0 0 {} {}" width="{}" height="{}">{}</svg>').format(
+        label, width, _n(height), width, _n(height), Markup("").join(parts)
+    )
+
+
+def _n(value: float) -> str:
+    return f"{value:.1f}".rstrip("0").rstrip(".")

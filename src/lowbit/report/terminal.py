@@ -1,0 +1,109 @@
+"""The report in the terminal: the same view of the record, as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lowbit.report import view
+from lowbit.report.figures import MISSING, Figure, mapping, number, sequence, text
+from lowbit.units import format_bytes
+
+
+def show(record: Mapping[str, Any], stream: IO[str]) -> None:
+    """What ``ship`` prints when it is done: fidelity and cost of each file, then the phases."""
+    console = _console(stream)
+    seen = view.build(dict(record), Path())
+    if seen.artifacts:
+        console.print(_artifact_table(seen.artifacts))
+    if seen.phases:
+        table = _table("phase", "KLD", "time", "tokens")
+        for phase in seen.phases:
+            table.add_row(_plain(phase.name), _cell(phase.kld), phase.duration or MISSING, phase.tokens or MISSING)
+        console.print(table)
+    if seen.ratio:
+        line = f"mean KLD: {seen.ratio.short} of naive Q4_0's (95% {seen.ratio.interval}, n = {seen.ratio.n:,})"
+        console.print(_plain(line))
+    for line in seen.left_out:
+        console.print(_plain(line))
+
+
+def show_measurement(measured: Mapping[str, Any], stream: IO[str]) -> None:
+    """The table of `lowbit measure`; files appear under their names."""
+    console = _console(stream)
+    artifacts = view.measured_artifacts(dict(measured))
+    console.print(_artifact_table(artifacts, by_file=True))
+
+
+def show_inspection(found: Mapping[str, Any], stream: IO[str]) -> None:
+    """The table of `lowbit inspect`: the facts, then how many tensors have which type."""
+    console = _console(stream)
+    facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for key, value in found.items():
+        shown = _fact(key, value)
+        if shown:
+            facts.add_row(_plain(key.replace("_bytes", "").replace("_", " ")), _plain(shown))
+    console.print(facts)
+    counts: dict[str, int] = {}
+    for tensor in map(mapping, sequence(found.get("tensors"))):
+        kind = text(tensor.get("type")) or text(tensor.get("dtype"))
+        counts[kind] = counts.get(kind, 0) + 1
+    if counts:
+        table = _table("type", "tensors")
+        for kind, count in sorted(counts.items(), key=lambda item: -item[1]):
+            table.add_row(_plain(kind), str(count))
+        console.print(table)
+
+
+def _fact(key: str, value: Any) -> str:
+    amount = number(value)
+    if amount is not None:
+        if key.endswith("_bytes"):
+            return format_bytes(amount)
+        return f"{amount:,.0f}" if amount == int(amount) else f"{amount:.4g}"
+    return value if isinstance(value, str) else ""
+
+
+def _artifact_table(artifacts: list[view.Artifact], *, by_file: bool = False) -> Table:
+    table = _table("", *(a.file if by_file else a.title for a in artifacts))
+    for key, (name, _, _) in view.METRICS.items():
+        if any(key in a.fidelity for a in artifacts):
+            table.add_row(name, *(_cell(a.fidelity.get(key)) for a in artifacts))
+    table.add_row("Size", *(a.size or MISSING for a in artifacts))
+    bits = (a.bits_per_weight for a in artifacts)
+    table.add_row("Bits per weight", *(f"{b:.2f}" if b is not None else MISSING for b in bits))
+    if any(a.memory for a in artifacts):
+        table.add_row("Peak memory", *(a.memory or MISSING for a in artifacts))
+    for key, name in view.SPEEDS.items():
+        if any(key in a.speed for a in artifacts):
+            table.add_row(name, *(_cell(a.speed.get(key)) for a in artifacts))
+    return table
+
+
+def _cell(figure: Figure | None) -> Text:
+    if figure is None:
+        return Text(MISSING)
+    return Text(figure.short, style="bold").append(f"\n{figure.interval}", style="not bold dim")
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold")
+    table.add_column(_plain(first))
+    for name in others:
+        table.add_column(_plain(name), justify="right", no_wrap=True)
+    return table
+
+
+def _plain(value: str) -> Text:
+    """Text from a record: no markup, and no control characters to steer the terminal with."""
+    return Text("".join(c if c.isprintable() else " " for c in value))
+
+
+def _console(stream: IO[str]) -> Console:
+    return Console(file=stream, highlight=False, markup=False)

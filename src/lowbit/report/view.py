@@ -1,0 +1,320 @@
+"""The record of a run as what the page and the terminal show, section by section.
+
+The record is untrusted: every part may be missing or of another type, and a section without its facts is None.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lowbit.report.figures import Figure, figure, mapping, number, sequence, text
+from lowbit.units import format_bytes, format_duration
+
+# Order and words of the artifacts wherever they stand side by side.
+TITLES = {"reference": "reference", "naive": "naive Q4_0", "calibrated": "calibrated", "model": "this model"}
+# key in "fidelity" -> (name, what it says, printed as percent)
+METRICS = {
+    "perplexity": ("Perplexity", "", False),
+    "kld_mean": ("Mean KLD", "nats per token", False),
+    "kld_median": ("Median KLD", "nats per token", False),
+    "kld_p99": ("99th percentile KLD", "nats per token", False),
+    "top1": ("Top-1 agreement", "with the reference", True),
+    "rms_delta_p": ("RMS Δp", "of the right token's probability", True),
+}
+PHASES = {"nearest": "rounded to nearest", "calibrated": "calibrated rounding", "distilled": "distillation"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """One measured file. fidelity, speed: figures by name; a figure that cannot be shown is absent."""
+
+    role: str
+    title: str
+    file: str
+    size_bytes: float | None
+    bits_per_weight: float | None
+    fidelity: dict[str, Figure]
+    speed: dict[str, Figure]
+    peak_memory: float | None
+
+    @property
+    def size(self) -> str:
+        return format_bytes(self.size_bytes) if self.size_bytes is not None else ""
+
+    @property
+    def memory(self) -> str:
+        return format_bytes(self.peak_memory) if self.peak_memory is not None else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class File:
+    name: str
+    size: str
+    bits: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    name: str
+    series: str
+    kld: Figure | None
+    duration: str
+    tokens: str
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """Everything a report shows. Lists are empty and texts "" where the record has nothing."""
+
+    name: str
+    recipe: str
+    product: str
+    product_path: str
+    created: str
+    command: str
+    version: str
+    license: str
+    weights: str
+    ratio: Figure | None
+    artifacts: list[Artifact]
+    text_facts: list[tuple[str, str]]
+    phases: list[Phase]
+    loss: list[tuple[float, float]]
+    kld: list[tuple[float, float]]
+    data_sources: list[tuple[str, str]]
+    data_tokens: list[tuple[str, str]]
+    files: list[File]
+    source: list[tuple[str, str]]
+    machine: list[tuple[str, str]]
+    options: list[tuple[str, str]]
+    stages: list[tuple[str, str]]
+    grids: list[tuple[str, str]]
+    left_out: list[str] = field(default_factory=list)
+
+    def artifact(self, role: str) -> Artifact | None:
+        return next((a for a in self.artifacts if a.role == role), None)
+
+    @property
+    def model(self) -> Artifact | None:
+        return self.artifact("model")
+
+    @property
+    def repeats(self) -> str:
+        """How often each speed was measured; "" without speeds."""
+        counts = sorted({f.n for a in self.artifacts for f in a.speed.values()})
+        return " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1]))) if counts else ""
+
+
+def build(record: dict[str, Any], run_dir: Path) -> View:
+    """Reads the record of the run folder ``run_dir``; never raises on what a record may hold."""
+    model, training, measured = (mapping(record.get(key)) for key in ("model", "training", "measure"))
+    files = mapping(record.get("files"))
+    recipe = text(record.get("recipe")) or "q4_0"
+    product = _product(files, recipe)
+    left_out: list[str] = []
+    machine = _pairs(record.get("machine"))
+    artifacts = _artifacts(measured, files, bool(machine), left_out)
+    curve = [mapping(point) for point in sequence(training.get("curve"))]
+    data = mapping(training.get("data"))
+    weights = number(model.get("weights"))
+    return View(
+        name=text(model.get("name")) or run_dir.resolve().name,
+        recipe=recipe,
+        product=product,
+        product_path=str(run_dir.resolve() / product) if product else "",
+        created=text(record.get("created")),
+        command=text(record.get("command")),
+        version=text(record.get("lowbit")),
+        license=text(model.get("license")),
+        weights=f"{weights:,.0f}" if weights else "",
+        ratio=_ratio(measured, artifacts),
+        artifacts=artifacts,
+        text_facts=_text_facts(measured, artifacts),
+        phases=_phases(training, left_out),
+        loss=_curve(curve, "loss"),
+        kld=_curve(curve, "kld"),
+        data_sources=[
+            (text(s.get("name")), text(s.get("license"))) for s in map(mapping, sequence(data.get("sources")))
+        ],
+        data_tokens=[
+            (label, f"{count:,.0f}")
+            for label, key in (("sampled from the reference", "sampled_tokens"), ("of text", "text_tokens"))
+            if (count := number(data.get(key)))
+        ],
+        files=_files(files),
+        source=_source(model),
+        machine=machine,
+        options=_pairs(record.get("options")),
+        stages=[
+            (text(stage.get("name")), format_duration(seconds))
+            for stage in map(mapping, sequence(record.get("stages")))
+            if (seconds := number(stage.get("seconds"))) is not None
+        ],
+        grids=_grids(mapping(record.get("grids"))),
+        left_out=left_out,
+    )
+
+
+def _product(files: dict[str, Any], recipe: str) -> str:
+    """The file that ships: model-<recipe>.gguf if it was made."""
+    wanted = f"model-{recipe}.gguf"
+    return wanted if wanted in files else next((name for name in files if name.startswith("model-")), "")
+
+
+def _artifacts(measured: dict[str, Any], files: dict[str, Any], machine: bool, left_out: list[str]) -> list[Artifact]:
+    found = []
+    for entry in map(mapping, sequence(measured.get("artifacts"))):
+        file = Path(text(entry.get("path"))).name
+        role = text(entry.get("name")) or file.split("-")[0].removesuffix(".gguf")
+        known = mapping(files.get(file))
+        if not machine or not (text(entry.get("sha256")) or text(known.get("sha256"))):
+            missing = "machine" if not machine else "hash"
+            left_out.append(f"The figures of {file or 'an artifact'}: the record does not give the {missing}.")
+            continue
+        fidelity, speed = mapping(entry.get("fidelity")), mapping(entry.get("speed"))
+        found.append(
+            Artifact(
+                role=role,
+                title=TITLES.get(role, role),
+                file=file,
+                size_bytes=number(entry.get("size_bytes", known.get("size_bytes"))),
+                bits_per_weight=number(entry.get("bits_per_weight", known.get("bits_per_weight"))),
+                fidelity=_figures(fidelity, fidelity.get("tokens"), {key: METRICS[key][2] for key in METRICS}),
+                speed=_figures(speed, speed.get("repeats"), dict.fromkeys(SPEEDS, False)),
+                peak_memory=_peak_memory(entry),
+            )
+        )
+    order = list(TITLES)
+    return sorted(found, key=lambda a: order.index(a.role) if a.role in order else len(order))
+
+
+SPEEDS = {"prompt": "Prompt, tokens/s", "generation": "Generation, tokens/s"}
+
+
+def measured_artifacts(measured: dict[str, Any]) -> list[Artifact]:
+    """The files of a `lowbit measure` result, which describes its own machine and hashes."""
+    return _artifacts(measured, {}, bool(mapping(measured.get("machine"))), [])
+
+
+def _figures(raw: dict[str, Any], n: Any, percents: dict[str, bool]) -> dict[str, Figure]:
+    shown = {key: figure(raw.get(key), n, percent=percent) for key, percent in percents.items()}
+    return {key: value for key, value in shown.items() if value is not None}
+
+
+def _peak_memory(entry: dict[str, Any]) -> float | None:
+    return number(mapping(entry.get("memory")).get("peak_bytes"))
+
+
+def _ratio(measured: dict[str, Any], artifacts: list[Artifact]) -> Figure | None:
+    """Mean KLD of the model over that of naive Q4_0, with the interval of the paired bootstrap."""
+    roles = {a.role for a in artifacts}
+    if not {"model", "naive"} <= roles:
+        return None
+    for pair in map(mapping, sequence(measured.get("differences"))):
+        if _role(pair.get("artifact")) == "model" and _role(pair.get("baseline")) == "naive":
+            return figure(pair.get("kld_mean_ratio"), pair.get("tokens"))
+    return None
+
+
+def _role(path: Any) -> str:
+    return Path(text(path)).name.split("-")[0]
+
+
+def _text_facts(measured: dict[str, Any], artifacts: list[Artifact]) -> list[tuple[str, str]]:
+    facts = _pairs(measured.get("text"))
+    scored = {f.n for a in artifacts for f in a.fidelity.values()}
+    if len(scored) == 1:
+        facts.append(("scored tokens (n)", f"{scored.pop():,}"))
+    return facts
+
+
+def _phases(training: dict[str, Any], left_out: list[str]) -> list[Phase]:
+    shown = []
+    series = {"nearest": "naive", "calibrated": "calibrated", "distilled": "model"}
+    for phase in map(mapping, sequence(training.get("phases"))):
+        name = text(phase.get("name"))
+        seconds, tokens = number(phase.get("seconds")), number(phase.get("tokens"))
+        kld = figure(phase.get("kld"), phase.get("n"))
+        if kld is None and phase.get("kld") is not None:
+            left_out.append(f"The KLD of the phase {name!r}: the record does not give its interval and n.")
+        shown.append(
+            Phase(
+                name=PHASES.get(name, name),
+                series=series.get(name, "model"),
+                kld=kld,
+                duration=format_duration(seconds) if seconds is not None else "",
+                tokens=f"{tokens:,.0f}" if tokens else "",
+                detail=text(phase.get("detail")),
+            )
+        )
+    return shown
+
+
+def _curve(points: list[dict[str, Any]], key: str, most: int = 400) -> list[tuple[float, float]]:
+    """(minutes, value) of the points that have one; long runs are averaged down to at most ``most`` points."""
+    found = []
+    for point in points:
+        seconds, value = number(point.get("seconds")), number(point.get(key))
+        if seconds is not None and value is not None and seconds >= 0:
+            found.append((seconds / 60, value))
+    size = -(-len(found) // most) or 1
+    groups = [found[i : i + size] for i in range(0, len(found), size)]
+    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
+
+
+def _files(files: dict[str, Any]) -> list[File]:
+    shown = []
+    for name, raw in files.items():
+        entry = mapping(raw)
+        size, bits = number(entry.get("size_bytes")), number(entry.get("bits_per_weight"))
+        shown.append(
+            File(
+                name=name,
+                size=f"{format_bytes(size)}" if size is not None else "",
+                bits=f"{bits:.2f}" if bits is not None else "",
+                sha256=text(entry.get("sha256")),
+            )
+        )
+    return shown
+
+
+def _source(model: dict[str, Any]) -> list[tuple[str, str]]:
+    labels = {"name": "model", "weights": "weights", "source": "source", "license": "licence", "sha256": "SHA-256"}
+    ordered = {
+        key: model[key] for key in ("name", "architecture", "weights", "license", "source", "sha256") if key in model
+    }
+    return [(labels.get(key, key), value) for key, value in _pairs({**ordered, **model})]
+
+
+def _grids(grids: dict[str, Any]) -> list[tuple[str, str]]:
+    """(grid, how many tensors are on it), most tensors first."""
+    counts: dict[str, int] = {}
+    for grid in grids.values():
+        if isinstance(grid, str):
+            counts[grid] = counts.get(grid, 0) + 1
+    return [(grid, f"{n} tensor{'s' if n > 1 else ''}") for grid, n in sorted(counts.items(), key=lambda kv: -kv[1])]
+
+
+def _pairs(raw: Any) -> list[tuple[str, str]]:
+    """A mapping as (label, text) in its order; nulls and empty values left out."""
+    return [
+        (str(key).replace("_bytes", "").replace("_", " "), _plain(str(key), value))
+        for key, value in mapping(raw).items()
+        if value not in (None, "", [], {})
+    ]
+
+
+def _plain(key: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    amount = number(value)
+    if amount is not None:
+        if key.endswith("_bytes"):
+            return format_bytes(amount)
+        return f"{amount:,.0f}" if amount == int(amount) and abs(amount) >= 10_000 else f"{amount:g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

