@@ -1,0 +1,54 @@
+"""Model families, one file each, found by file name. A file defines ``FAMILY``, an instance of base.Family."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from typing import Any
+
+from lowbit.checkpoint.families.base import Family
+from lowbit.errors import BadConfig, Unsupported
+
+__all__ = ["Family", "by_arch", "by_config", "names"]
+
+
+@functools.cache
+def _families() -> dict[str, Family]:
+    found: dict[str, Family] = {}
+    for module_info in pkgutil.iter_modules(__path__):
+        if module_info.name == "base":
+            continue
+        family = getattr(importlib.import_module(f"{__name__}.{module_info.name}"), "FAMILY", None)
+        if not isinstance(family, Family) or family.name != module_info.name:
+            raise TypeError(f"families/{module_info.name}.py must define FAMILY, a Family of that name")
+        found[family.name] = family
+    return found
+
+
+def names() -> tuple[str, ...]:
+    """The families there are."""
+    return tuple(_families())
+
+
+def by_config(config: dict[str, Any], where: object) -> Family:
+    """The family of a Hugging Face config, by ``model_type`` and ``architectures``."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise BadConfig("missing key model_type", where=where, hint="Is this a Hugging Face model's config.json?")
+    architectures = config.get("architectures") or []
+    for family in _families().values():
+        if model_type in family.model_types and set(architectures) <= set(family.architectures):
+            return family
+    supported = [name for family in _families().values() for name in family.architectures]
+    found = ", ".join(map(str, architectures)) or f"model_type {model_type}"
+    raise Unsupported("unsupported architecture", where=where, found=found, expected=f"one of {', '.join(supported)}")
+
+
+def by_arch(arch: object, where: object) -> Family:
+    """The family of a GGUF's ``general.architecture``."""
+    for family in _families().values():
+        if family.arch == arch:
+            return family
+    supported = ", ".join(family.arch for family in _families().values())
+    raise Unsupported("unsupported architecture", where=where, found=str(arch)[:60], expected=f"one of {supported}")

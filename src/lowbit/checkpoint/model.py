@@ -1,0 +1,353 @@
+"""A checkpoint as named tensors in Hugging Face's layout, whatever container holds them, read one at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType
+
+from lowbit import grid as grids
+from lowbit.checkpoint import families, safetensors_file
+from lowbit.checkpoint.families.base import Family, TensorSpec
+from lowbit.checkpoint.gguf_file import Field, GgufFile
+from lowbit.checkpoint.resolve import resolve
+from lowbit.checkpoint.safetensors_file import Entry, SafetensorsFile
+from lowbit.errors import BadConfig, BadFile, LowbitError, NotFound, Unsupported
+
+FORMAT = "lowbit-checkpoint/1"
+MANIFEST, BLOCKS, METADATA = "lowbit.json", "blocks.safetensors", "metadata.gguf"
+_FLOATS = ("F32", "F16", "BF16", "F64")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """One tensor of a checkpoint.
+
+    name, shape: Hugging Face's. dtype: as stored ('F32', 'BF16', 'Q4_1', ...). grid: the lowbit grid whose stored
+    codes and scales ``Checkpoint.blocks`` gives, or None. role: 'embedding', 'output', 'attn_q', 'attn_k', 'attn_v',
+    'attn_o', 'ffn_gate', 'ffn_up', 'ffn_down', 'norm' or 'bias'.
+    """
+
+    name: str
+    gguf_name: str
+    role: str
+    shape: tuple[int, ...]
+    dtype: str
+    grid: str | None
+
+    @property
+    def n_weights(self) -> int:
+        return math.prod(self.shape)
+
+
+class _Store(Protocol):
+    """What both containers give, by Hugging Face tensor name."""
+
+    def entry(self, spec: TensorSpec) -> Entry: ...
+    def raw(self, spec: TensorSpec) -> np.ndarray: ...
+
+
+class Checkpoint:
+    """An open checkpoint. Made by ``open_checkpoint``; a context manager."""
+
+    path: Path
+    kind: str  # 'safetensors' or 'gguf'
+    config: dict[str, Any]  # the text model's config.json
+    family: Family
+    names: tuple[str, ...]
+
+    def __init__(self, path: Path, kind: str, config: dict[str, Any], family: Family) -> None:
+        self.path, self.kind, self.config, self.family = path, kind, config, family
+        self.specs = {spec.name: spec for spec in family.tensors(config)}
+        self.names = tuple(self.specs)
+        self.manifest: dict[str, Any] = {}
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of the mapped files."""
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.specs
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output head is the embedding."""
+        return "lm_head.weight" not in self.specs
+
+    @property
+    def n_weights(self) -> int:
+        """Weights of the text model; a tied embedding counts once."""
+        return sum(math.prod(spec.shape) for spec in self.specs.values())
+
+    @property
+    def name(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def license(self) -> str | None:
+        raise NotImplementedError
+
+    @property
+    def tokenizer_source(self) -> Path:
+        """What transformers' AutoTokenizer loads from: a folder, or a GGUF (its parent, with gguf_file=its name)."""
+        raise NotImplementedError
+
+    def info(self, name: str) -> TensorInfo:
+        raise NotImplementedError
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor in Hugging Face's layout: a fresh float32 array of ``info(name).shape``, dequantized."""
+        raise NotImplementedError
+
+    def blocks(self, name: str) -> np.ndarray | None:
+        """The stored codes and scales, uint8 (rows, row_bytes) in Hugging Face's row order, where
+        ``info(name).grid`` is not None; None elsewhere."""
+        raise NotImplementedError
+
+    def gguf_metadata(self) -> list[Field] | None:
+        """Every key-value of the GGUF that this checkpoint comes from, untouched; None if there is none."""
+        return None
+
+    def _spec(self, name: str) -> TensorSpec:
+        try:
+            return self.specs[name]
+        except KeyError:
+            raise NotFound("no such tensor", where=f"{self.path}: {name}") from None
+
+
+def open_checkpoint(model: str | Path) -> Checkpoint:
+    """Opens ``model`` (see ``resolve``) and checks it whole: config, names, shapes, byte counts. Reads no tensor yet.
+
+    Raises NotFound, BadFile, BadConfig or Unsupported.
+    """
+    path = resolve(model)
+    try:
+        return FolderCheckpoint(path) if path.is_dir() else GgufCheckpoint(path)
+    except OSError as error:
+        raise NotFound(f"cannot read: {error.strerror or error}", where=error.filename or path) from error
+
+
+class GgufCheckpoint(Checkpoint):
+    """A GGUF of a supported architecture."""
+
+    def __init__(self, path: Path) -> None:
+        if path.suffix == ".safetensors":
+            hint = f"Give its folder, {path.parent}, with the config.json"
+            raise Unsupported("a safetensors file alone does not say what model it is", where=path, hint=hint)
+        self._file = GgufFile(path)
+        values = self._file.values
+        if values.get("split.count", 0) not in (0, 1):
+            hint = "Join the parts with llama-gguf-split --merge"
+            raise Unsupported("a GGUF split into several files", where=path, found=values["split.count"], hint=hint)
+        family = families.by_arch(values.get("general.architecture"), path)
+        shapes = {name: entry.shape for name, entry in self._file.entries.items()}
+        config = family.config_from_gguf(values, shapes, path)
+        known = {spec.gguf_name for spec in family.tensors(config)}
+        for name in self._file.entries:
+            if name not in known:
+                family.adopt_computed(config, name, self._decode(name), path)
+        super().__init__(path, "gguf", family.text_config(config, path), family)
+        for spec in self.specs.values():
+            _check_shape(path, spec, self._file.entries.get(spec.gguf_name), spec.gguf_name)
+
+    @property
+    def name(self) -> str:
+        return _text(self._file.values.get("general.name")) or self.path.stem
+
+    @property
+    def license(self) -> str | None:
+        return _text(self._file.values.get("general.license"))
+
+    @property
+    def tokenizer_source(self) -> Path:
+        return self.path
+
+    def info(self, name: str) -> TensorInfo:
+        spec = self._spec(name)
+        dtype = self._file.entries[spec.gguf_name].dtype
+        return _info(spec, dtype, _grid_of(dtype))
+
+    def read(self, name: str) -> np.ndarray:
+        spec = self._spec(name)
+        values = self._decode(spec.gguf_name)
+        rows = spec.hf_rows()
+        if rows is not None:
+            values = values[rows]
+        return values - np.float32(spec.gguf_offset) if spec.gguf_offset else values
+
+    def blocks(self, name: str) -> np.ndarray | None:
+        spec = self._spec(name)
+        if self.info(name).grid is None:
+            return None
+        raw = self._file.raw(spec.gguf_name).reshape(spec.shape[0], -1)
+        rows = spec.hf_rows()
+        return raw.copy() if rows is None else raw[rows]
+
+    def gguf_metadata(self) -> list[Field] | None:
+        return list(self._file.fields)
+
+    def _decode(self, gguf_name: str) -> np.ndarray:
+        entry = self._file.entries[gguf_name]
+        raw = self._file.raw(gguf_name)
+        if entry.dtype in _FLOATS:
+            return safetensors_file.to_float32(raw, entry.dtype, entry.shape, f"{self.path}: {gguf_name}")
+        grid = _grid_of(entry.dtype)
+        if grid is not None:
+            return _dequantize(raw.reshape(-1, entry.n_bytes // math.prod(entry.shape[:-1])), grid, entry.shape)
+        import gguf
+
+        try:
+            values = gguf.quants.dequantize(raw.reshape(*entry.shape[:-1], -1), GGMLQuantizationType[entry.dtype])
+        except NotImplementedError as error:
+            where = f"{self.path}: {gguf_name}"
+            raise Unsupported("this ggml type cannot be dequantized", where=where, found=entry.dtype) from error
+        return np.array(values, dtype=np.float32)
+
+
+class FolderCheckpoint(Checkpoint):
+    """A Hugging Face folder of safetensors; with lowbit.json beside it, one that lowbit trained."""
+
+    def __init__(self, path: Path) -> None:
+        config_path = path / "config.json"
+        config = read_json(config_path, BadConfig)
+        family = families.by_config(config, config_path)
+        super().__init__(path, "safetensors", family.text_config(config, config_path), family)
+        self._files = safetensors_file.open_folder(path)
+        self._stored = {name: family.stored_name(name, self._files) for name in self.names}
+        for spec in self.specs.values():
+            stored = self._stored[spec.name]
+            file = self._files.get(stored)
+            _check_shape(path, spec, file.entries[stored] if file else None, stored)
+        for stored in sorted(set(self._files) - set(self._stored.values())):
+            if not family.ignorable(stored, self.config):
+                hint = "Is config.json the one that belongs to these weights?"
+                raise BadFile("a tensor that the config does not have", where=f"{path}: {stored}", hint=hint)
+        self._grids: dict[str, str] = {}
+        self._blocks: SafetensorsFile | None = None
+        self._metadata: GgufFile | None = GgufFile(path / METADATA) if (path / METADATA).exists() else None
+        manifest = read_json(path / MANIFEST, BadFile) if (path / MANIFEST).exists() else {}
+        if manifest.get("format") == FORMAT:
+            self.manifest = manifest
+            self._open_blocks(path)
+
+    def _open_blocks(self, path: Path) -> None:
+        where = path / MANIFEST
+        tensors = self.manifest.get("tensors", {})
+        if not isinstance(tensors, dict) or not all(isinstance(t, dict) for t in tensors.values()):
+            raise BadFile("tensors is not a map of objects", where=where)
+        self._grids = {name: entry["grid"] for name, entry in tensors.items() if entry.get("grid")}
+        if not self._grids:
+            return
+        self._blocks = SafetensorsFile(path / BLOCKS)
+        for name, grid_name in self._grids.items():
+            spec, entry = self._spec(name), self._blocks.entries.get(name)
+            grid = grids.get(grid_name)
+            expected = (spec.shape[0], spec.shape[-1] // grid.block_size * grid.block_bytes)
+            if entry is None or entry.dtype != "U8" or entry.shape != expected:
+                found = f"{entry.dtype} {entry.shape}" if entry else "nothing"
+                raise BadFile(
+                    f"the {grid_name} blocks are not there",
+                    where=f"{path / BLOCKS}: {name}",
+                    found=found,
+                    expected=f"U8 {expected}",
+                )
+
+    @property
+    def name(self) -> str:
+        source = self.manifest.get("source", {}).get("name")
+        return _text(source) or _text(self.config.get("_name_or_path")) or self.path.resolve().name
+
+    @property
+    def license(self) -> str | None:
+        if self.manifest:
+            return _text(self.manifest.get("source", {}).get("license"))
+        card = self.path / "README.md"
+        if not card.is_file() or card.stat().st_size > 1 << 20:
+            return None
+        match = re.match(r"---\r?\n.*?^license:[ \t]*([\w.-]+)", card.read_text("utf-8", "replace"), re.S | re.M)
+        return match[1] if match else None
+
+    @property
+    def tokenizer_source(self) -> Path:
+        return self.path / METADATA if self._metadata else self.path
+
+    def info(self, name: str) -> TensorInfo:
+        spec = self._spec(name)
+        stored = self._stored[name]
+        return _info(spec, self._files[stored].entries[stored].dtype, self._grids.get(name))
+
+    def read(self, name: str) -> np.ndarray:
+        spec = self._spec(name)
+        stored = self._stored[name]
+        file = self._files[stored]
+        where = f"{file.path}: {stored}"
+        return safetensors_file.to_float32(file.raw(stored), file.entries[stored].dtype, spec.shape, where)
+
+    def blocks(self, name: str) -> np.ndarray | None:
+        spec = self._spec(name)
+        if name not in self._grids or self._blocks is None:
+            return None
+        return self._blocks.raw(name).reshape(spec.shape[0], -1).copy()
+
+    def gguf_metadata(self) -> list[Field] | None:
+        return list(self._metadata.fields) if self._metadata else None
+
+
+def read_json(path: Path, error_class: type[LowbitError]) -> dict[str, Any]:
+    """A JSON object from a file; ``error_class`` where it is not one."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise error_class("not valid JSON", where=path, found=error) from error
+    if not isinstance(value, dict):
+        raise error_class("not a JSON object", where=path)
+    return value
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _grid_of(dtype: str) -> str | None:
+    """The lowbit grid of a ggml type with scales, if there is one."""
+    if dtype in _FLOATS or dtype not in GGMLQuantizationType.__members__:
+        return None
+    try:
+        return grids.by_ggml_type(GGMLQuantizationType[dtype]).name
+    except (LowbitError, AttributeError):  # AttributeError: until lowbit.grid has landed
+        return None
+
+
+def _dequantize(raw: np.ndarray, grid_name: str, shape: tuple[int, ...]) -> np.ndarray:
+    grid = grids.get(grid_name)
+    values = grid.dequantize(grid.unpack(raw))
+    return np.ascontiguousarray(values, dtype=np.float32).reshape(shape)
+
+
+def _info(spec: TensorSpec, dtype: str, grid: str | None) -> TensorInfo:
+    return TensorInfo(
+        name=spec.name, gguf_name=spec.gguf_name, role=spec.role, shape=spec.shape, dtype=dtype, grid=grid
+    )
+
+
+def _check_shape(path: Path, spec: TensorSpec, entry: Entry | None, stored: str) -> None:
+    if entry is None:
+        raise BadFile("a tensor of the model is missing", where=f"{path}: {stored}", hint="The download is incomplete")
+    if entry.shape != spec.shape:
+        raise BadFile(
+            "a tensor's shape is not what the config gives",
+            where=f"{path}: {stored}",
+            found=list(entry.shape),
+            expected=list(spec.shape),
+        )
