@@ -29,7 +29,7 @@ _SPARE = 256
 class ModelParams(ctypes.Structure):
     """llama_model_params."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("devices", c_void_p),
         ("tensor_buft_overrides", c_void_p),
         ("n_gpu_layers", c_int32),
@@ -54,7 +54,7 @@ class ModelParams(ctypes.Structure):
 class ContextParams(ctypes.Structure):
     """llama_context_params."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("n_ctx", c_uint32),
         ("n_batch", c_uint32),
         ("n_ubatch", c_uint32),
@@ -98,7 +98,7 @@ class ContextParams(ctypes.Structure):
 class Batch(ctypes.Structure):
     """llama_batch."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("n_tokens", c_int32),
         ("token", c_void_p),
         ("embd", c_void_p),

@@ -41,12 +41,13 @@ class LlamaCpp:
 
     path:            the GGUF file
     context:         tokens a sequence may have; 0 means what the model was trained for
-    ubatch:          tokens decoded at a time; bounds the memory of logits() to (ubatch, n_vocab) float32
+    ubatch:          tokens decoded at a time
     threads:         None means the physical cores this process may use
     kv_type:         type of the KV cache, one of KV_TYPES
     flash_attention: None leaves the choice to llama.cpp. With it on, an f32 cache computes as f16 does: a true f32
                      reference needs kv_type="f32", flash_attention=False. A quantized cache needs it on.
     logits_all:      False keeps room for one row of logits only: generation and chat, but no logits()
+    logits_rows:     rows of logits that logits() computes at a time; None means ubatch
 
     Raises NotFound, BadFile (not a GGUF, truncated, unknown architecture), BadOption, RuntimeFailed.
     """
@@ -61,6 +62,7 @@ class LlamaCpp:
         kv_type: str = "f16",
         flash_attention: bool | None = None,
         logits_all: bool = True,
+        logits_rows: int | None = None,
     ) -> None:
         self.path = Path(path)
         self.threads = available_cores() if threads is None else threads
@@ -69,6 +71,7 @@ class LlamaCpp:
         self._llama = _llama_h.load()
         self._lib = self._llama.lib
         self.logits_all = logits_all
+        self._rows = (min(ubatch, logits_rows or ubatch)) if logits_all else 1
         self._model = self._load_model()
         self._free_model = weakref.finalize(self, self._lib.llama_model_free, self._model)
         try:
@@ -98,11 +101,10 @@ class LlamaCpp:
         return int(model)
 
     def _new_context(self, context: int, ubatch: int, kv_type: str, flash_attention: bool | None) -> int:
-        outputs = ubatch if self.logits_all else 1
         params = self._lib.llama_context_default_params()
         params.n_ctx = context
         params.n_batch = params.n_ubatch = ubatch
-        params.n_outputs_max = params.n_outputs_max_per_seq = outputs
+        params.n_outputs_max = params.n_outputs_max_per_seq = self._rows
         params.n_threads = params.n_threads_batch = self.threads
         params.type_k = params.type_v = KV_TYPES[kv_type]
         params.flash_attn_type = -1 if flash_attention is None else int(flash_attention)
@@ -242,19 +244,23 @@ class LlamaCpp:
 
         Row i of a run belongs to position offset + i and predicts the token at offset + i + 1. Only positions from
         ``start`` on are given; those before are decoded without computing their logits. Each array is the caller's
-        own; memory is bounded by (ubatch, n_vocab).
+        own; memory is bounded by (logits_rows, n_vocab).
+
+        llama.cpp attends by another kernel where fewer than 64 tokens are decoded together with flash attention on,
+        which changes the last bits of a result; a multiple of 64 for ubatch and logits_rows keeps to one kernel.
         """
         if not self.logits_all:
             raise BadOption("this model was opened with logits_all=False", where=self.path)
         ids = self._fitting(tokens)
         self.reset()
-        # The part that only fills the cache and the part with logits are decoded apart, so that where ``start`` lies
-        # does not change how many rows share a slice.
-        edges = [*range(0, start, self.ubatch), *range(max(0, start), len(ids), self.ubatch), len(ids)]
-        for begin, end in zip(edges, edges[1:], strict=False):
-            rows = self._decode(ids[begin:end], all_logits=begin >= start)
-            if begin >= start:
-                yield begin, rows.copy()
+        begin = 0
+        while begin < len(ids):
+            first = max(begin, start)
+            end = min(begin + self.ubatch, len(ids), first + self._rows)
+            rows = self._decode(ids[begin:end], outputs=max(0, end - first))
+            if end > first:
+                yield first, rows.copy()
+            begin = end
 
     def generate(
         self,
@@ -338,18 +344,19 @@ class LlamaCpp:
 
     # Inside
 
-    def _decode(self, ids: np.ndarray, all_logits: bool = False) -> np.ndarray:
-        """Appends tokens to the sequence. Gives llama.cpp's own buffer (valid until the next call): float32
-        (len(ids), n_vocab) with ``all_logits``, otherwise the last token's row, (1, n_vocab)."""
+    def _decode(self, ids: np.ndarray, outputs: int = 1) -> np.ndarray:
+        """Appends tokens to the sequence. Gives the logits of the last ``outputs`` of them, float32
+        (outputs, n_vocab), in llama.cpp's own buffer: valid until the next call."""
         context = self._open_context()
-        status = self._lib.llama_decode(context, self._batch.fill(ids, self._past, all_logits))
+        status = self._lib.llama_decode(context, self._batch.fill(ids, self._past, outputs))
         if status != 0:
             raise RuntimeFailed(
                 "llama.cpp could not decode", where=self.path, found=f"status {status} {self._llama.log.take()}".strip()
             )
         self._past += len(ids)
-        rows = len(ids) if all_logits else 1
-        return np.ctypeslib.as_array(self._lib.llama_get_logits(context), shape=(rows, self.n_vocab))
+        if outputs == 0:
+            return np.empty((0, self.n_vocab), np.float32)
+        return np.ctypeslib.as_array(self._lib.llama_get_logits(context), shape=(outputs, self.n_vocab))
 
     def _fitting(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         self._check_ids(tokens)
@@ -407,12 +414,11 @@ class _BatchBuffers:
         self.seq_id = np.full(size, self.sequence.ctypes.data, np.uintp)
         self.logits = np.zeros(size, np.int8)
 
-    def fill(self, ids: np.ndarray, past: int, all_logits: bool) -> _llama_h.Batch:
+    def fill(self, ids: np.ndarray, past: int, outputs: int) -> _llama_h.Batch:
         n = len(ids)
         self.token[:n] = ids
         self.pos[:n] = np.arange(past, past + n)
-        self.logits[:n] = all_logits
-        self.logits[n - 1] = 1
+        self.logits[:n] = np.arange(n) >= n - outputs
         return _llama_h.Batch(
             n_tokens=n,
             token=self.token.ctypes.data,
