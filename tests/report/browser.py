@@ -29,7 +29,9 @@ FLAGS = (
     "--remote-debugging-pipe",
 )
 # Chromium reads commands from descriptor 3 and writes to 4.
-LAUNCH = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execvp(sys.argv[3], sys.argv[3:])"
+LAUNCH = (
+    "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execvp(sys.argv[3], sys.argv[3:])"
+)
 
 
 def find() -> str | None:
@@ -52,8 +54,17 @@ class Browser:
         read_end, self._write = os.pipe()
         self._read, write_end = os.pipe()
         high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in (read_end, write_end)]
+        profile = f"--user-data-dir={self._profile.name}"
         self._process = subprocess.Popen(
-            [sys.executable, "-c", LAUNCH, *map(str, high), executable, *FLAGS, f"--user-data-dir={self._profile.name}"],
+            [
+                sys.executable,
+                "-c",
+                LAUNCH,
+                *map(str, high),
+                executable,
+                *FLAGS,
+                profile,
+            ],
             pass_fds=high,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -78,13 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = next((word for word in words if not word.startswith("-")), None)
     debug = "--debug" in words
     try:
-        args = build_parser(verb).parse_args(words)
-        console.set_quiet(args.quiet)
-        status = cast(int, args.run(args))
-        sys.stdout.flush()
+        status = _run(words, verb)
+        sys.stdout.flush()  # here, where a reader that left is still an exception to catch
         return status
-    except SystemExit as stop:  # argparse: --help, --version, bad usage
-        return stop.code if isinstance(stop.code, int) else 2
     except BrokenPipeError:
         # The reader (head, a pager) left. Give the interpreter's own flush at exit somewhere to go.
         with contextlib.suppress(OSError, ValueError):
@@ -106,6 +102,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail(f"{error.filename}: {error.strerror}", 2)
         text = " ".join(f"{type(error).__name__}: {error}".split())
         return _fail(f"a fault of lowbit's own: {text}. Add --debug for the traceback", 1)
+
+
+def _run(words: list[str], verb: str | None) -> int:
+    try:
+        args = build_parser(verb).parse_args(words)
+    except SystemExit as stop:  # --help, --version, bad usage
+        return stop.code if isinstance(stop.code, int) else 2
+    console.set_quiet(args.quiet)
+    return cast(int, args.run(args))
 
 
 def _fail(message: str, code: int) -> int:

@@ -29,7 +29,6 @@ def run(args: argparse.Namespace) -> int:
         output.write_result(record, args.json)
     if args.json != "-":
         print((out / "report.html").resolve())
-    sys.stdout.flush()
     return 0
 
 

@@ -127,7 +127,7 @@ def _plots(seen: Any) -> dict[str, dict[str, Any]]:
 def commands(path: str, name: str, recipe: str) -> list[tuple[str, str]]:
     """(runtime, shell commands) that run the file at ``path``."""
     quoted = shlex.quote(path)
-    tag = re.sub(r"[^a-z0-9._-]+", "-", f"{name}-{recipe}".lower()).strip("-.") or "model"
+    tag = re.sub(r"[^a-z0-9._]+", "-", f"{name}-{recipe}".lower()).strip("-.") or "model"
     modelfile = shlex.quote(f"FROM {path}")
     return [
         ("llama.cpp, in the terminal", f"llama-cli -m {quoted}"),

@@ -20,8 +20,8 @@ WIDE, NARROW = 880, 320
 
 # A series has a shape as well as a colour, so that it can be told without seeing the colour.
 _SHAPES = {
-    "model": '<circle class="mark s-model" cx="{x}" cy="{y}" r="6"/>',
-    "naive": '<rect class="mark s-naive" x="{x0}" y="{y0}" width="11" height="11"/>',
+    "model": '<circle class="mark s-model" cx="{x}" cy="{y}" r="5"/>',
+    "naive": '<rect class="mark s-naive" x="{x0}" y="{y0}" width="9" height="9"/>',
     "calibrated": '<path class="mark s-calibrated" d="M{x} {ya}L{xb} {y}L{x} {yb}L{xa} {y}Z"/>',
 }
 
@@ -75,7 +75,9 @@ def _interval_row(row: Row, left: float, scale: float, y: float, *, label_above:
             left - 14, _n(y + 5), row.label
         )
     )
-    line = Markup('<path class="range s-{}" d="M{} {}H{}"/>').format(row.series, _n(low), _n(y), _n(high))
+    # A line from low to high with a cap at each end, so that a narrow interval still shows beside its mark.
+    caps = Markup("M{0} {2}V{3}M{0} {1}H{4}M{4} {2}V{3}").format(_n(low), _n(y), _n(y - 9), _n(y + 9), _n(high))
+    line = Markup('<path class="range s-{}" d="{}"/>').format(row.series, caps)
     value = Markup('<text class="value" x="{}" y="{}">{}</text>').format(_n(high + 12), _n(y + 5), figure.short)
     return name + line + _mark(row.series, x, y) + value
 
@@ -83,14 +85,14 @@ def _interval_row(row: Row, left: float, scale: float, y: float, *, label_above:
 def _mark(series: str, x: float, y: float) -> Markup:
     shape = _SHAPES.get(series, _SHAPES["model"])
     return Markup(shape).format(
-        x=_n(x), y=_n(y), x0=_n(x - 5.5), y0=_n(y - 5.5), xa=_n(x - 7), xb=_n(x + 7), ya=_n(y - 7), yb=_n(y + 7)
+        x=_n(x), y=_n(y), x0=_n(x - 4.5), y0=_n(y - 4.5), xa=_n(x - 6), xb=_n(x + 6), ya=_n(y - 6), yb=_n(y + 6)
     )
 
 
 def bar_plot(rows: Sequence[tuple[str, str, float, str]], axis: str, *, width: int = WIDE) -> Markup:
     """Horizontal bars from 0. Each row: label, series, value, and the value as printed."""
     narrow = width < 600
-    left, right, top, row_height = (8, 76, 4, 50) if narrow else (150, 90, 8, 34)
+    left, right, top, row_height = (8, 92, 4, 50) if narrow else (150, 90, 8, 34)
     scale = (width - left - right) / (max(value for _, _, value, _ in rows) or 1.0)
     parts = []
     for index, (name, series, value, printed) in enumerate(rows):
@@ -112,7 +114,7 @@ def curve_plot(
     loss: Sequence[tuple[float, float]], kld: Sequence[tuple[float, float]], *, width: int = WIDE, height: int = 300
 ) -> Markup:
     """Loss and KLD against minutes, both in nats per token. Points are (minutes, nats)."""
-    left, right, top, bottom = 52, 92 if width >= 600 else 74, 28, height - 48
+    left, right, top, bottom = 52, 96, 28, height - 48
     x_marks = ticks(max(x for x, _ in [*loss, *kld]), 6 if width >= 600 else 3)
     y_marks = ticks(max(y for _, y in [*loss, *kld]), 5)
     x_scale, y_scale = (width - left - right) / x_marks[-1], (bottom - top) / y_marks[-1]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ def build(record: dict[str, Any], run_dir: Path) -> View:
         recipe=recipe,
         product=product,
         product_path=str(run_dir.resolve() / product) if product else "",
-        created=text(record.get("created")),
+        created=_moment(text(record.get("created"))),
         command=text(record.get("command")),
         version=text(record.get("lowbit")),
         license=text(model.get("license")),
@@ -143,7 +144,7 @@ def build(record: dict[str, Any], run_dir: Path) -> View:
         ],
         data_tokens=[
             (label, f"{count:,.0f}")
-            for label, key in (("sampled from the reference", "sampled_tokens"), ("of text", "text_tokens"))
+            for label, key in (("tokens sampled from it", "sampled_tokens"), ("tokens of text", "text_tokens"))
             if (count := number(data.get(key)))
         ],
         files=_files(files),
@@ -158,6 +159,15 @@ def build(record: dict[str, Any], run_dir: Path) -> View:
         grids=_grids(mapping(record.get("grids"))),
         left_out=left_out,
     )
+
+
+def _moment(iso: str) -> str:
+    """'2026-11-23T12:00:00+00:00' -> '2026-11-23 12:00 UTC'; other texts as they are."""
+    try:
+        moment = datetime.fromisoformat(iso)
+    except ValueError:
+        return iso
+    return f"{moment:%Y-%m-%d %H:%M} {moment.tzname() or ''}".rstrip()
 
 
 def _product(files: dict[str, Any], recipe: str) -> str:
@@ -226,7 +236,8 @@ def _role(path: Any) -> str:
 
 
 def _text_facts(measured: dict[str, Any], artifacts: list[Artifact]) -> list[tuple[str, str]]:
-    facts = _pairs(measured.get("text"))
+    labels = {"name": "text", "tokens": "tokens in it", "chunk": "tokens a chunk"}
+    facts = [(labels.get(key, key), value) for key, value in _pairs(measured.get("text"))]
     scored = {f.n for a in artifacts for f in a.fidelity.values()}
     if len(scored) == 1:
         facts.append(("scored tokens (n)", f"{scored.pop():,}"))
