@@ -20,6 +20,7 @@ import numpy as np
 from lowbit.errors import BadFile, BadOption, BadText, NotFound, RuntimeFailed
 from lowbit.run import _chat_template, _llama_h
 from lowbit.run._cores import available_cores
+from lowbit.units import MIB
 
 # Name -> ggml_type of the KV cache types that llama.cpp's own --cache-type-k takes.
 KV_TYPES: dict[str, int] = {
@@ -33,6 +34,7 @@ KV_TYPES: dict[str, int] = {
     "q5_1": 7,
     "iq4_nl": 20,
 }
+_LOGITS_BYTES = 128 * MIB
 _UNQUANTIZED = ("f32", "f16", "bf16")
 
 
@@ -47,7 +49,8 @@ class LlamaCpp:
     flash_attention: None leaves the choice to llama.cpp. With it on, an f32 cache computes as f16 does: a true f32
                      reference needs kv_type="f32", flash_attention=False. A quantized cache needs it on.
     logits_all:      False keeps room for one row of logits only: generation and chat, but no logits()
-    logits_rows:     rows of logits that logits() computes at a time; None means ubatch
+    logits_rows:     rows of logits that logits() computes at a time; None means ubatch, or fewer where the vocabulary
+                     is so large that they would take more than 128 MiB
 
     Raises NotFound, BadFile (not a GGUF, truncated, unknown architecture), BadOption, RuntimeFailed.
     """
@@ -71,20 +74,21 @@ class LlamaCpp:
         self._llama = _llama_h.load()
         self._lib = self._llama.lib
         self.logits_all = logits_all
-        self._rows = (min(ubatch, logits_rows or ubatch)) if logits_all else 1
         self._model = self._load_model()
         self._free_model = weakref.finalize(self, self._lib.llama_model_free, self._model)
         try:
             self._vocab = self._lib.llama_model_get_vocab(self._model)
             self.n_vocab: int = self._lib.llama_vocab_n_tokens(self._vocab)
-            self._context = self._new_context(context, ubatch, kv_type, flash_attention)
+            self.context: int = context or self.n_context_train
+            self.ubatch = min(ubatch, self.context)  # as llama.cpp itself limits it
+            rows = logits_rows or _rows_within(_LOGITS_BYTES, self.n_vocab)
+            self._rows = min(self.ubatch, rows) if logits_all else 1
+            self._context = self._new_context(kv_type, flash_attention)
         except BaseException:
             self._free_model()
             raise
         self._free_context = weakref.finalize(self, self._lib.llama_free, self._context)
-        self.context: int = self._lib.llama_n_ctx(self._context)
-        self.ubatch = ubatch
-        self._batch = _BatchBuffers(ubatch)
+        self._batch = _BatchBuffers(self.ubatch)
         self._past = 0  # tokens in the KV cache
 
     def _load_model(self) -> int:
@@ -100,10 +104,10 @@ class LlamaCpp:
             )
         return int(model)
 
-    def _new_context(self, context: int, ubatch: int, kv_type: str, flash_attention: bool | None) -> int:
+    def _new_context(self, kv_type: str, flash_attention: bool | None) -> int:
         params = self._lib.llama_context_default_params()
-        params.n_ctx = context
-        params.n_batch = params.n_ubatch = ubatch
+        params.n_ctx = self.context
+        params.n_batch = params.n_ubatch = self.ubatch
         params.n_outputs_max = params.n_outputs_max_per_seq = self._rows
         params.n_threads = params.n_threads_batch = self.threads
         params.type_k = params.type_v = KV_TYPES[kv_type]
@@ -118,7 +122,9 @@ class LlamaCpp:
                 found=self._llama.log.take() or None,
                 hint="A smaller context or another KV type may work; LOWBIT_DEBUG=1 shows llama.cpp's log",
             )
-        asked = {"n_batch": min(ubatch, self._lib.llama_n_batch(handle)), "n_ubatch": ubatch, "n_threads": self.threads}
+        # llama.cpp rounds n_ctx up to a multiple of 256.
+        padded = -(-self.context // 256) * 256
+        asked = {"n_ctx": padded, "n_batch": self.ubatch, "n_ubatch": self.ubatch, "n_threads": self.threads}
         for name, value in asked.items():
             found = getattr(self._lib, f"llama_{name}")(handle)
             if found != value:
@@ -403,6 +409,11 @@ def sample(logits: np.ndarray, rng: np.random.Generator, *, temperature: float, 
     return int(order[:keep][rng.choice(len(p), p=p)])
 
 
+def _rows_within(n_bytes: int, n_vocab: int) -> int:
+    """Rows of float32 logits that fit, a multiple of 64 (see LlamaCpp.logits), at least 64."""
+    return max(64, n_bytes // (4 * max(1, n_vocab)) // 64 * 64)
+
+
 class _BatchBuffers:
     """The arrays behind a llama_batch of up to ``size`` tokens of sequence 0, filled anew for each call."""
 
@@ -449,7 +460,13 @@ def _check_file(path: Path) -> None:
     except OSError as error:
         raise BadFile("cannot be read", where=path, found=error.strerror) from None
     if magic != b"GGUF":
-        raise BadFile("not a GGUF file", where=path, found=f"the first bytes {magic!r}", expected="b'GGUF'")
+        raise BadFile(
+            "not a GGUF file",
+            where=path,
+            found=f"the first bytes {magic!r}",
+            expected="b'GGUF'",
+            hint="lowbit pack makes one of a checkpoint",
+        )
 
 
 def _string(function: Any, model: int, index: int) -> str:

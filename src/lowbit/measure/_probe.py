@@ -1,0 +1,57 @@
+"""The fresh process behind speed.py: a job as JSON on standard input, a report as JSON on standard output."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from lowbit.run import _llama_h
+from lowbit.run.llama_cpp import LlamaCpp
+
+_WARM_UP = 16  # tokens: enough to touch every weight once
+
+
+def main() -> None:
+    """Runs the job that speed.probe() describes."""
+    job = json.load(sys.stdin)
+    prompt, n = job["prompt"], job["generate"]
+    _llama_h.load()
+    baseline = peak_bytes()
+    rates: dict[str, list[float]] = {"prompt": [], "generation": []}
+    with LlamaCpp(
+        job["path"],
+        context=len(prompt) + n + 1,
+        threads=job["threads"],
+        kv_type=job["kv_type"],
+        logits_all=False,
+    ) as model:
+        for _ in model.generate(prompt[:_WARM_UP], 2, ignore_end=True):
+            pass
+        for _ in range(job["repeats"]):
+            answer = model.generate(prompt, n + 1, ignore_end=True)
+            begin = time.perf_counter()
+            next(answer)
+            read = time.perf_counter()
+            for _ in answer:
+                pass
+            end = time.perf_counter()
+            rates["prompt"].append(len(prompt) / (read - begin))
+            rates["generation"].append(n / (end - read))
+    json.dump({"baseline_bytes": baseline, "peak_bytes": peak_bytes(), **rates}, sys.stdout)
+
+
+def peak_bytes() -> int:
+    """The most memory this process ever had resident."""
+    try:
+        # Not ru_maxrss: Linux starts that at the size of the process that started this one.
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
