@@ -25,26 +25,25 @@ def sha(name: str) -> str:
 def artifact(
     name: str, size: int, values: tuple[float, ...] | None, prompt: float, generation: float
 ) -> dict[str, Any]:
+    memory = int(size * 1.35 + 60e6)
     entry: dict[str, Any] = {
-        "path": f"{name}-q4_0.gguf" if name != "reference" else "reference.gguf",
-        "name": name,
+        "path": f"runs/smollm2-135m/{name}-q4_0.gguf" if values else "runs/smollm2-135m/reference.gguf",
         "sha256": sha(name),
         "size_bytes": size,
         "bits_per_weight": size * 8 / 134515008,
-        "memory": {"peak_bytes": int(size * 1.35 + 60e6)},
-        "speed": {"prompt": fig(prompt, 4.1, n=5), "generation": fig(generation, 1.3, n=5)},
+        "memory": {"peak_bytes": fig(memory, 0, n=1), "baseline_bytes": fig(60e6, 0, n=1)},
+        "speed": {
+            "prompt_tokens_per_second": fig(prompt, 4.1, n=3),
+            "generation_tokens_per_second": fig(generation, 1.3, n=3),
+        },
     }
-    perplexity, mean, median, p99, top1, rms = values or (21.86, None, None, None, None, None)
-    entry["fidelity"] = {"tokens": TOKENS, "perplexity": fig(perplexity, perplexity * 0.03)}
-    for key, value in (
-        ("kld_mean", mean),
-        ("kld_median", median),
-        ("kld_p99", p99),
-        ("top1", top1),
-        ("rms_delta_p", rms),
-    ):
-        if value is not None:
-            entry["fidelity"][key] = fig(value, value * 0.04 if key != "top1" else 0.008)
+    if values is None:
+        entry["perplexity"] = fig(21.86, 0.66, n=TOKENS)
+        return entry
+    names = ("perplexity", "kld_mean", "kld_median", "kld_p99", "top1", "rms_delta_p")
+    entry["fidelity"] = {"tokens": fig(TOKENS, 0, n=1)}
+    for key, value in zip(names, values, strict=True):
+        entry["fidelity"][key] = fig(value, value * 0.04 if key != "top1" else 0.008, n=TOKENS)
     return entry
 
 
@@ -136,21 +135,29 @@ def record() -> dict[str, Any]:
             },
         },
         "measure": {
+            "format": "lowbit-measure/1",
+            "reference": artifact("reference", sizes["reference"], None, 151.0, 44.0),
             "artifacts": [
-                artifact("reference", sizes["reference"], None, 151.0, 44.0),
                 artifact("naive", sizes["naive"], (28.91, 0.407, 0.208, 3.21, 0.657, 0.121), 203.0, 71.5),
                 artifact("calibrated", sizes["calibrated"], (25.42, 0.227, 0.114, 1.83, 0.735, 0.089), 202.0, 71.9),
                 artifact("model", sizes["model"], (24.1, 0.131, 0.066, 1.05, 0.801, 0.065), 204.0, 71.2),
             ],
-            "differences": [
+            "pairs": [
                 {
-                    "artifact": "model-q4_0.gguf",
-                    "baseline": "naive-q4_0.gguf",
-                    "tokens": TOKENS,
-                    "kld_mean_ratio": fig(0.322, 0.011),
+                    "baseline": "runs/smollm2-135m/naive-q4_0.gguf",
+                    "artifact": "runs/smollm2-135m/model-q4_0.gguf",
+                    "kld_mean_ratio": fig(0.322, 0.011, n=TOKENS),
                 }
             ],
-            "text": {"name": "held-out.txt", "tokens": 32768, "chunks": 64, "chunk": 512},
+            "text": {
+                "path": "/somewhere/held-out.txt",
+                "name": "held-out.txt",
+                "sha256": sha("text"),
+                "tokens": 32768,
+                "chunks": 64,
+            },
+            "machine": {"cpu": "Example CPU @ 2.80GHz", "cores": 2},
+            "options": {"chunk": 512, "kv_type": "f16", "resamples": 1000},
         },
     }
 

@@ -34,7 +34,7 @@ def shown(record: dict[str, Any]) -> view.View:
     ],
 )
 def test_digits_follow_the_interval(value: float, low: float, high: float, expected: tuple[str, str]) -> None:
-    made = figure({"value": value, "low": low, "high": high}, 10)
+    made = figure({"value": value, "low": low, "high": high, "n": 10})
     assert made is not None and (made.short, made.interval) == expected
 
 
@@ -44,25 +44,25 @@ def test_digits_follow_the_interval(value: float, low: float, high: float, expec
         None,
         0.5,
         {},
-        {"value": 0.5},
-        {"value": 0.5, "low": 0.4},
-        {"value": 0.5, "low": 0.6, "high": 0.4},
-        {"value": float("nan"), "low": 0.4, "high": 0.6},
-        {"value": 0.5, "low": 0.4, "high": float("inf")},
-        {"value": "0.5", "low": 0.4, "high": 0.6},
-        {"value": True, "low": 0, "high": 1},
-        {"value": 10**400, "low": 0, "high": 1},
+        {"value": 0.5, "n": 9},
+        {"value": 0.5, "low": 0.4, "n": 9},
+        {"value": 0.5, "low": 0.6, "high": 0.4, "n": 9},
+        {"value": float("nan"), "low": 0.4, "high": 0.6, "n": 9},
+        {"value": 0.5, "low": 0.4, "high": float("inf"), "n": 9},
+        {"value": "0.5", "low": 0.4, "high": 0.6, "n": 9},
+        {"value": True, "low": 0, "high": 1, "n": 9},
+        {"value": 10**400, "low": 0, "high": 1, "n": 9},
+        {"value": 0.5, "low": 0.4, "high": 0.6},
         {"value": 0.5, "low": 0.4, "high": 0.6, "n": 0},
     ],
 )
 def test_half_a_figure_is_none(raw: Any) -> None:
-    assert figure(raw, 10) is None
-    assert figure({"value": 0.5, "low": 0.4, "high": 0.6}, None) is None
+    assert figure(raw) is None
 
 
 def test_figures_without_machine_or_hash_are_left_out(sample: dict[str, Any], run_dir: Path) -> None:
     assert shown(sample).model is not None and not shown(sample).left_out
-    nameless = {**sample, "machine": {}}
+    nameless = {**sample, "machine": {}, "measure": {**sample["measure"], "machine": None}}
     assert not shown(nameless).artifacts and shown(nameless).ratio is None
     assert "does not give the machine" in report.render(nameless, run_dir)
 

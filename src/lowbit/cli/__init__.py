@@ -82,9 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, where a reader that left is still an exception to catch
         return status
     except BrokenPipeError:
-        # The reader (head, a pager) left. Give the interpreter's own flush at exit somewhere to go.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_stdout()  # the reader (head, a pager) left
         return BROKEN_PIPE
     except KeyboardInterrupt:
         if debug:
@@ -98,8 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        if isinstance(error, OSError) and error.filename is not None:
-            return _fail(f"{error.filename}: {error.strerror}", 2)
+        if isinstance(error, OSError) and error.strerror:
+            _give_up_stdout()  # it may be what failed, as on a full disk
+            return _fail(": ".join(str(part) for part in (error.filename, error.strerror) if part), 2)
         text = " ".join(f"{type(error).__name__}: {error}".split())
         return _fail(f"a fault of lowbit's own: {text}. Add --debug for the traceback", 1)
 
@@ -111,6 +110,14 @@ def _run(words: list[str], verb: str | None) -> int:
         return stop.code if isinstance(stop.code, int) else 2
     console.set_quiet(args.quiet)
     return cast(int, args.run(args))
+
+
+def _give_up_stdout() -> None:
+    """Sends what is still buffered nowhere, so that the interpreter's own flush at exit cannot fail."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _fail(message: str, code: int) -> int:

@@ -15,6 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", metavar="FILE", required=True, help="held-out text, UTF-8")
     parser.add_argument("--chunk", type=positive, default=512, metavar="N", help="tokens a chunk (default: 512)")
     parser.add_argument("--chunks", type=positive, metavar="N", help="how many chunks (default: the whole text)")
+    parser.add_argument("--kv-type", default="f16", metavar="TYPE", help="KV cache of the artifacts (default: f16)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all cores)")
     parser.add_argument("--no-speed", action="store_true", help="leave out speed and memory")
     output.add_json(parser)
 
@@ -22,7 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from lowbit.measure import MeasureOptions, measure
 
-    options = MeasureOptions(chunk=args.chunk, chunks=args.chunks, speed=not args.no_speed)
+    costs = not args.no_speed
+    options = MeasureOptions(
+        chunk=args.chunk, chunks=args.chunks, kv_type=args.kv_type, threads=args.threads, speed=costs, memory=costs
+    )
     with output.results_only():
         measured = measure(args.artifacts, against=args.against, text=args.text, options=options)
     if args.json:

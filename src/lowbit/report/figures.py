@@ -70,11 +70,11 @@ class Figure:
         return f"{self.low:,.{self.digits}f}–{self.high:,.{self.digits}f}"
 
 
-def figure(raw: Any, n: Any, *, percent: bool = False, suffix: str = "") -> Figure | None:
-    """The figure in ``raw`` = {"value", "low", "high"[, "n"]}, or None if a part of it is missing or makes no sense."""
+def figure(raw: Any, *, percent: bool = False) -> Figure | None:
+    """The figure in ``raw`` = {"value", "low", "high", "n"}, or None if a part of it is missing or makes no sense."""
     fields = mapping(raw)
     value, low, high = (number(fields.get(key)) for key in ("value", "low", "high"))
-    count = number(fields.get("n", n))
+    count = number(fields.get("n"))
     if value is None or low is None or high is None or count is None or count < 1 or low > high:
         return None
     factor = 100.0 if percent else 1.0
@@ -83,5 +83,5 @@ def figure(raw: Any, n: Any, *, percent: bool = False, suffix: str = "") -> Figu
         low=low * factor,
         high=high * factor,
         n=int(count),
-        suffix=suffix or (" %" if percent else ""),
+        suffix=" %" if percent else "",
     )

@@ -25,6 +25,7 @@ METRICS = {
     "top1": ("Top-1 agreement", "with the reference", True),
     "rms_delta_p": ("RMS Δp", "of the right token's probability", True),
 }
+SPEEDS = {"prompt_tokens_per_second": "Prompt, tokens/s", "generation_tokens_per_second": "Generation, tokens/s"}
 PHASES = {"nearest": "rounded to nearest", "calibrated": "calibrated rounding", "distilled": "distillation"}
 
 
@@ -39,7 +40,7 @@ class Artifact:
     bits_per_weight: float | None
     fidelity: dict[str, Figure]
     speed: dict[str, Figure]
-    peak_memory: float | None
+    peak_memory: Figure | None
 
     @property
     def size(self) -> str:
@@ -47,7 +48,7 @@ class Artifact:
 
     @property
     def memory(self) -> str:
-        return format_bytes(self.peak_memory) if self.peak_memory is not None else ""
+        return format_bytes(self.peak_memory.value) if self.peak_memory is not None else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +119,7 @@ def build(record: dict[str, Any], run_dir: Path) -> View:
     recipe = text(record.get("recipe")) or "q4_0"
     product = _product(files, recipe)
     left_out: list[str] = []
-    machine = _pairs(record.get("machine"))
+    machine = _pairs(record.get("machine") or measured.get("machine"))
     artifacts = _artifacts(measured, files, bool(machine), left_out)
     curve = [mapping(point) for point in sequence(training.get("curve"))]
     data = mapping(training.get("data"))
@@ -177,16 +178,20 @@ def _product(files: dict[str, Any], recipe: str) -> str:
 
 
 def _artifacts(measured: dict[str, Any], files: dict[str, Any], machine: bool, left_out: list[str]) -> list[Artifact]:
+    """The measured files in their usual order, the reference first, as far as the record vouches for them."""
+    reference = mapping(measured.get("reference"))
+    entries = [(entry, _role(entry.get("path"))) for entry in map(mapping, sequence(measured.get("artifacts")))]
+    if reference:
+        entries.insert(0, ({**reference, "fidelity": {"perplexity": reference.get("perplexity")}}, "reference"))
     found = []
-    for entry in map(mapping, sequence(measured.get("artifacts"))):
+    for entry, role in entries:
         file = Path(text(entry.get("path"))).name
-        role = text(entry.get("name")) or file.split("-")[0].removesuffix(".gguf")
         known = mapping(files.get(file))
         if not machine or not (text(entry.get("sha256")) or text(known.get("sha256"))):
             missing = "machine" if not machine else "hash"
             left_out.append(f"The figures of {file or 'an artifact'}: the record does not give the {missing}.")
             continue
-        fidelity, speed = mapping(entry.get("fidelity")), mapping(entry.get("speed"))
+        memory = mapping(entry.get("memory"))
         found.append(
             Artifact(
                 role=role,
@@ -194,54 +199,57 @@ def _artifacts(measured: dict[str, Any], files: dict[str, Any], machine: bool, l
                 file=file,
                 size_bytes=number(entry.get("size_bytes", known.get("size_bytes"))),
                 bits_per_weight=number(entry.get("bits_per_weight", known.get("bits_per_weight"))),
-                fidelity=_figures(fidelity, fidelity.get("tokens"), {key: METRICS[key][2] for key in METRICS}),
-                speed=_figures(speed, speed.get("repeats"), dict.fromkeys(SPEEDS, False)),
-                peak_memory=_peak_memory(entry),
+                fidelity=_figures(entry.get("fidelity"), {key: percent for key, (_, _, percent) in METRICS.items()}),
+                speed=_figures(entry.get("speed"), dict.fromkeys(SPEEDS, False)),
+                peak_memory=figure(memory.get("peak_bytes")),
             )
         )
     order = list(TITLES)
     return sorted(found, key=lambda a: order.index(a.role) if a.role in order else len(order))
 
 
-SPEEDS = {"prompt": "Prompt, tokens/s", "generation": "Generation, tokens/s"}
-
-
 def measured_artifacts(measured: dict[str, Any]) -> list[Artifact]:
-    """The files of a `lowbit measure` result, which describes its own machine and hashes."""
+    """The files of a `lowbit measure` result, which names its own machine and hashes."""
     return _artifacts(measured, {}, bool(mapping(measured.get("machine"))), [])
 
 
-def _figures(raw: dict[str, Any], n: Any, percents: dict[str, bool]) -> dict[str, Figure]:
-    shown = {key: figure(raw.get(key), n, percent=percent) for key, percent in percents.items()}
+def _figures(raw: Any, percents: dict[str, bool]) -> dict[str, Figure]:
+    found = mapping(raw)
+    shown = {key: figure(found.get(key), percent=percent) for key, percent in percents.items()}
     return {key: value for key, value in shown.items() if value is not None}
-
-
-def _peak_memory(entry: dict[str, Any]) -> float | None:
-    return number(mapping(entry.get("memory")).get("peak_bytes"))
 
 
 def _ratio(measured: dict[str, Any], artifacts: list[Artifact]) -> Figure | None:
     """Mean KLD of the model over that of naive Q4_0, with the interval of the paired bootstrap."""
-    roles = {a.role for a in artifacts}
-    if not {"model", "naive"} <= roles:
+    if not {"model", "naive"} <= {a.role for a in artifacts}:
         return None
-    for pair in map(mapping, sequence(measured.get("differences"))):
+    for pair in map(mapping, sequence(measured.get("pairs"))):
         if _role(pair.get("artifact")) == "model" and _role(pair.get("baseline")) == "naive":
-            return figure(pair.get("kld_mean_ratio"), pair.get("tokens"))
+            return figure(pair.get("kld_mean_ratio"))
     return None
 
 
 def _role(path: Any) -> str:
-    return Path(text(path)).name.split("-")[0]
+    """'runs/x/naive-q4_0.gguf' -> 'naive'"""
+    return Path(text(path)).name.removesuffix(".gguf").split("-")[0]
 
 
 def _text_facts(measured: dict[str, Any], artifacts: list[Artifact]) -> list[tuple[str, str]]:
-    labels = {"name": "text", "tokens": "tokens in it", "chunk": "tokens a chunk"}
-    facts = [(labels.get(key, key), value) for key, value in _pairs(measured.get("text"))]
+    labels = {"name": "text", "tokens": "tokens in it", "chunk": "tokens a chunk", "sha256": "its SHA-256"}
+    about = {
+        **mapping(measured.get("text")),
+        **_chosen(mapping(measured.get("options")), "chunk", "kv_type", "resamples"),
+    }
+    about.pop("path", None)
+    facts = [(labels.get(key, key), value) for key, value in _pairs(about)]
     scored = {f.n for a in artifacts for f in a.fidelity.values()}
     if len(scored) == 1:
         facts.append(("scored tokens (n)", f"{scored.pop():,}"))
     return facts
+
+
+def _chosen(raw: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: raw[key] for key in keys if key in raw}
 
 
 def _phases(training: dict[str, Any], left_out: list[str]) -> list[Phase]:
@@ -250,7 +258,7 @@ def _phases(training: dict[str, Any], left_out: list[str]) -> list[Phase]:
     for phase in map(mapping, sequence(training.get("phases"))):
         name = text(phase.get("name"))
         seconds, tokens = number(phase.get("seconds")), number(phase.get("tokens"))
-        kld = figure(phase.get("kld"), phase.get("n"))
+        kld = figure(phase.get("kld"))
         if kld is None and phase.get("kld") is not None:
             left_out.append(f"The KLD of the phase {name!r}: the record does not give its interval and n.")
         shown.append(

@@ -1,0 +1,37 @@
+"""Writes docs/help.md from the real ``--help`` of every verb: ``python dev/help.py`` (``-`` prints instead)."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from pathlib import Path
+
+os.environ["COLUMNS"] = "100"
+
+from lowbit.cli import VERBS, main
+
+PAGE = Path(__file__).parent.parent / "docs" / "help.md"
+
+
+def help_of(words: list[str]) -> str:
+    stream = io.StringIO()
+    with contextlib.redirect_stdout(stream):
+        main([*words, "--help"])
+    return stream.getvalue().strip()
+
+
+def render() -> str:
+    parts = ["# The command line", "Made by `python dev/help.py` from the program's own `--help`; do not edit."]
+    for words in ([], *([verb] for verb in VERBS)):
+        title = " ".join(["lowbit", *words])
+        parts += [f"## {title}", f"```\n{help_of(words)}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["-"]:
+        sys.stdout.write(render())
+    else:
+        PAGE.write_text(render(), encoding="utf-8")
