@@ -15,13 +15,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from lowbit import console, recipe
-    from lowbit.checkpoint import open_checkpoint
+    from lowbit import console
     from lowbit.pack import pack
     from lowbit.units import bits_per_weight, format_bytes
 
-    with output.results_only(), open_checkpoint(args.checkpoint) as checkpoint:
-        packed = pack(checkpoint, recipe.get(args.recipe), args.out, naive=args.naive)
+    with output.results_only():
+        packed = pack(args.checkpoint, args.recipe, args.out, naive=args.naive)
     bits = bits_per_weight(packed.size_bytes, packed.n_weights)
     console.log(f"{format_bytes(packed.size_bytes)}, {bits:.2f} bits per weight")
     print(packed.path)
