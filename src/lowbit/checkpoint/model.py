@@ -325,7 +325,7 @@ def _grid_of(dtype: str) -> str | None:
         return None
     try:
         return grids.by_ggml_type(GGMLQuantizationType[dtype]).name
-    except (LowbitError, AttributeError):  # AttributeError: until lowbit.grid has landed
+    except LowbitError:
         return None
 
 

@@ -129,8 +129,12 @@ class Gemma3(Family):
             "context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count",
             "attention.head_count_kv", "attention.layer_norm_rms_epsilon", "attention.key_length", "vocab_size",
             "attention.value_length", "attention.sliding_window", "rope.freq_base", "rope.scaling.type",
-            "rope.scaling.factor", "rope.dimension_count",
+            "rope.scaling.factor", "rope.dimension_count", "rope.freq_base_swa", "attention.sliding_window_pattern",
         )  # fmt: skip
+        period, local_theta = keys.get("attention.sliding_window_pattern", _PERIOD), keys.get("rope.freq_base_swa")
+        if period != _PERIOD or local_theta not in (None, _LOCAL_THETA):
+            found = f"pattern {period}, base {local_theta}"
+            raise Unsupported("this window pattern or base is not supported", where=where, found=found)
         heads, hidden = keys.size("attention.head_count"), keys.size("embedding_length")
         layers = keys.size("block_count")
         head_dim = keys.size("attention.key_length", 256)

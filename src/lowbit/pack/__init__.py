@@ -1,0 +1,65 @@
+"""From a checkpoint to the file that ships: every tensor on the grid that the recipe gives it.
+
+What training ended on is what the file holds: where the checkpoint has codes and scales on the assigned grid, their
+bytes are copied, and nothing is rounded again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lowbit import recipe as recipes
+from lowbit import verbs
+from lowbit.checkpoint import Checkpoint, open_checkpoint
+from lowbit.pack import gguf_container
+from lowbit.recipe import Recipe
+
+__all__ = ["PackResult", "pack"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackResult:
+    """What was written: where, how big, how many weights, and each tensor's type by its Hugging Face name."""
+
+    path: Path
+    size_bytes: int
+    n_weights: int
+    types: dict[str, str]
+
+
+def pack(
+    checkpoint: Checkpoint | str | Path, recipe: Recipe | str, out: str | Path, *, naive: bool = False
+) -> PackResult:
+    """Writes ``checkpoint`` as a GGUF whose tensors lie on the grids that ``recipe`` assigns.
+
+    checkpoint: an open Checkpoint, or anything that open_checkpoint takes.
+    recipe: a Recipe or its name ('q4_0', ...); 'source' leaves the weights unquantized: F32, or the source's own F16
+    or BF16 where every weight has it.
+    naive: every tensor is rounded from its values by the ggml C library, as llama-quantize does it, also where the
+    checkpoint holds codes and scales of its own.
+
+    A tensor is in memory at a time, and the file takes its name only when it is whole.
+    Raises BadFile (NaN or Inf in a tensor), Unsupported (tokenizer, row length), CannotWrite.
+    """
+    if not isinstance(checkpoint, Checkpoint):
+        with open_checkpoint(checkpoint) as opened:
+            return pack(opened, recipe, out, naive=naive)
+    if recipe == "source":
+        name = _float_type(checkpoint)
+        types = {n: name if len(checkpoint.info(n).shape) > 1 else "f32" for n in checkpoint.names}
+    else:
+        chosen = recipes.get(recipe) if isinstance(recipe, str) else recipe
+        name, types = chosen.name, chosen.assign(checkpoint)
+    out = Path(out)
+    size = gguf_container.write(checkpoint, types, out, file_type=name, naive=naive)
+    return PackResult(path=out, size_bytes=size, n_weights=checkpoint.n_weights, types=types)
+
+
+def _float_type(checkpoint: Checkpoint) -> str:
+    """The unquantized type that holds every matrix of the checkpoint exactly."""
+    dtypes = {info.dtype for info in map(checkpoint.info, checkpoint.names) if len(info.shape) > 1}
+    return next((name for name in ("f16", "bf16") if dtypes == {name.upper()}), "f32")
+
+
+verbs.make_callable(__name__)
