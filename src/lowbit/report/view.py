@@ -145,7 +145,7 @@ def build(record: dict[str, Any], run_dir: Path) -> View:
         ],
         data_tokens=[
             (label, f"{count:,.0f}")
-            for label, key in (("tokens sampled from it", "sampled_tokens"), ("tokens of text", "text_tokens"))
+            for label, key in (("tokens sampled", "sampled_tokens"), ("tokens of text", "text_tokens"))
             if (count := number(data.get(key)))
         ],
         files=_files(files),
@@ -236,6 +236,7 @@ def _role(path: Any) -> str:
 
 def _text_facts(measured: dict[str, Any], artifacts: list[Artifact]) -> list[tuple[str, str]]:
     labels = {"name": "text", "tokens": "tokens in it", "chunk": "tokens a chunk", "sha256": "its SHA-256"}
+    labels |= {"kv type": "KV cache", "resamples": "bootstrap resamples"}
     about = {
         **mapping(measured.get("text")),
         **_chosen(mapping(measured.get("options")), "chunk", "kv_type", "resamples"),
@@ -303,10 +304,8 @@ def _files(files: dict[str, Any]) -> list[File]:
 
 
 def _source(model: dict[str, Any]) -> list[tuple[str, str]]:
-    labels = {"name": "model", "weights": "weights", "source": "source", "license": "licence", "sha256": "SHA-256"}
-    ordered = {
-        key: model[key] for key in ("name", "architecture", "weights", "license", "source", "sha256") if key in model
-    }
+    labels = {"name": "model", "license": "licence", "sha256": "SHA-256"}
+    ordered = _chosen(model, "name", "architecture", "weights", "license", "source", "sha256")
     return [(labels.get(key, key), value) for key, value in _pairs({**ordered, **model})]
 
 
