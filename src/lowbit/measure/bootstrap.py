@@ -7,7 +7,7 @@ positions, which are drawn instead: the interval is then somewhat too narrow, bu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -30,14 +30,22 @@ class Bootstrap:
         self.n = chunks * positions
         part_of = np.arange(positions) * self.parts // positions  # (positions,)
         self._unit_of = (np.arange(chunks)[:, None] * self.parts + part_of).ravel()  # (n,)
-        rng = np.random.default_rng(seed)
-        self._weights = rng.multinomial(units, np.full(units, 1 / units), size=resamples)  # (resamples, units)
         self._sizes = np.bincount(self._unit_of, minlength=units)  # (units,)
+        self._resamples, self._seed = resamples, seed
+
+    def draws(self) -> Iterator[np.ndarray]:
+        """Each resample as how often each unit was drawn, (units,); the same ones every time.
+
+        Drawn anew rather than kept: a table of all of them would be the largest thing that grows with the text.
+        """
+        rng, units = np.random.default_rng(self._seed), len(self._sizes)
+        for _ in range(self._resamples):
+            yield np.bincount(rng.integers(0, units, units), minlength=units)
 
     def means(self, values: np.ndarray) -> np.ndarray:
         """The mean of (n,) observations in every resample: float64 (resamples,)."""
         sums = np.bincount(self._unit_of, weights=values.ravel(), minlength=len(self._sizes))
-        return (self._weights @ sums) / (self._weights @ self._sizes)
+        return np.array([(drawn @ sums) / (drawn @ self._sizes) for drawn in self.draws()])
 
     def mean(self, values: np.ndarray, unit: str = "", via: Callable[[Any], Any] | None = None) -> Figure:
         """The mean with its interval, after ``via`` (np.exp for a perplexity, np.sqrt for a root mean square)."""
@@ -48,11 +56,11 @@ class Bootstrap:
         """The q-quantile with its interval: in each resample the smallest value that q of the observations reach."""
         order = np.argsort(values, axis=None, kind="stable")
         sorted_values, units = values.ravel()[order], self._unit_of[order]
-        drawn = np.empty(len(self._weights))
-        for i, weights in enumerate(self._weights):
-            reached = np.cumsum(weights[units])
-            drawn[i] = sorted_values[np.searchsorted(reached, q * reached[-1])]
-        return self.figure(float(np.quantile(values, q)), drawn, unit)
+        found = []
+        for drawn in self.draws():
+            reached = np.cumsum(drawn[units])
+            found.append(sorted_values[np.searchsorted(reached, q * reached[-1])])
+        return self.figure(float(np.quantile(values, q)), np.array(found), unit)
 
     def figure(self, value: float, drawn: np.ndarray, unit: str = "") -> Figure:
         """A value with the middle 95% of what the resamples gave, which always includes the value itself."""
