@@ -54,6 +54,7 @@ class Grid(ABC):
 
     @property
     def has_scales(self) -> bool:
+        """Whether a block is codes times one float16 scale, so that ``encode`` works and scales can be trained."""
         return self.max_code > 0
 
     @abstractmethod
@@ -73,5 +74,16 @@ class Grid(ABC):
         """The inverse of ``pack``. numpy only."""
 
     def encode(self, x: Array, scales: Array) -> Blocks:
-        """The nearest codes for ``x`` (..., n) on the given float16 ``scales`` (..., n_blocks). Scaled formats only."""
+        """The nearest codes for ``x`` (..., n) float32, finite, on the given float16 ``scales`` (..., n_blocks).
+
+        Scales may be negative; on a zero scale every code is 0. Formats with ``has_scales`` only. No gradient flows.
+        """
+        raise NotImplementedError(f"{self.name} has no scales")
+
+    def nearest_values(self, x: Array, scales: Array) -> Array:
+        """``dequantize(encode(x, scales))`` bit for bit, without the codes in between: float32 (..., n)."""
+        return self.dequantize(self.encode(x, scales))
+
+    def inverse(self, scales: Array) -> Array:
+        """What ``encode`` multiplies by: 1/scale in float32 (..., n_blocks), and 0 where the scale is 0."""
         raise NotImplementedError(f"{self.name} has no scales")

@@ -1,0 +1,68 @@
+"""The arithmetic of every storage format, one file a format: a new file here is a new grid of that name."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from types import ModuleType
+
+from lowbit.errors import BadFile, BadOption, Unsupported
+from lowbit.grid._array import check_finite
+from lowbit.grid.base import Array, Blocks, Grid, namespace
+
+__all__ = ["Array", "Blocks", "Grid", "by_ggml_type", "check_finite", "discover", "get", "names", "namespace"]
+
+_CLASS_VARIABLES = {"name": str, "ggml_type": int, "block_size": int, "block_bytes": int}
+
+
+def get(name: str) -> Grid:
+    """The grid of that name ('q4_0'). Raises BadOption, which lists the names, if there is none."""
+    try:
+        return _grids()[name]
+    except KeyError:
+        raise BadOption("no such grid", found=repr(name), expected="one of " + ", ".join(names())) from None
+
+
+def names() -> tuple[str, ...]:
+    """Every grid's name, sorted."""
+    return tuple(_grids())
+
+
+def by_ggml_type(ggml_type: int) -> Grid:
+    """The grid of a gguf.GGMLQuantizationType value. Raises Unsupported if lowbit has none."""
+    for grid in _grids().values():
+        if grid.ggml_type == ggml_type:
+            return grid
+    raise Unsupported("no grid for this ggml type", found=int(ggml_type), expected="one of " + ", ".join(names()))
+
+
+def discover(package: ModuleType) -> dict[str, Grid]:
+    """The grids that the files of ``package`` define, by file name. Raises BadFile where one breaks the contract."""
+    found = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "base" and m.name[0] != "_")
+    return {name: _load(f"{package.__name__}.{name}", name) for name in found}
+
+
+@functools.cache
+def _grids() -> dict[str, Grid]:
+    return discover(importlib.import_module(__name__))
+
+
+def _load(module_name: str, name: str) -> Grid:
+    try:
+        module = importlib.import_module(module_name)
+    except TypeError as error:  # the subclass is still abstract: the message names the missing methods
+        raise BadFile("a grid misses part of its contract", where=module_name, found=error) from error
+    where = module.__file__ or module_name
+    grid = getattr(module, "GRID", None)
+    if not isinstance(grid, Grid):
+        raise BadFile("a grid file needs GRID, an instance of lowbit.grid.Grid", where=where, found=type(grid).__name__)
+    for variable, kind in _CLASS_VARIABLES.items():
+        if not isinstance(getattr(grid, variable, None), kind):
+            raise BadFile(f"a grid needs the class variable {variable}", where=where, expected=kind.__name__)
+    if grid.name != name:
+        raise BadFile("a grid's name is its file's", where=where, found=grid.name, expected=name)
+    if grid.has_scales and not grid.min_code < 0 < grid.max_code <= 127:
+        found = f"{grid.min_code}..{grid.max_code}"
+        raise BadFile("a grid's codes run from below to above zero", where=where, found=found)
+    return grid

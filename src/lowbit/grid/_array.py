@@ -1,0 +1,113 @@
+"""What the grids share: the few places where numpy and torch differ, and the test for NaN and Inf."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from lowbit.errors import BadFile
+from lowbit.grid.base import Array, Blocks, Grid, namespace
+
+_HINT = "The checkpoint is damaged, or training diverged"
+
+
+def cast(x: Array, dtype: str) -> Array:
+    """``x`` as ``dtype`` ('float32', 'int8', ...), by value; round half to even into float16. A copy only if needed."""
+    if isinstance(x, np.ndarray):
+        with np.errstate(over="ignore"):  # beyond 65504 float16 is Inf, in ggml too
+            return x.astype(dtype, copy=False)
+    return x.to(getattr(namespace(x), dtype))
+
+
+def bitcast(x: Array, dtype: str) -> Array:
+    """The same bytes read as ``dtype``, not copied."""
+    return x.view(dtype) if isinstance(x, np.ndarray) else x.view(getattr(namespace(x), dtype))
+
+
+def as_blocks(x: Array, block_size: int) -> Array:
+    """(..., n) float32 -> (..., n / block_size, block_size), without its gradient."""
+    if not isinstance(x, np.ndarray):
+        x = x.detach()
+    return cast(x, "float32").reshape(*x.shape[:-1], -1, block_size)
+
+
+def as_rows(x: Array) -> Array:
+    """(..., n_blocks, block_size) -> (..., n)."""
+    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
+
+
+def take(x: Array, index: Array) -> Array:
+    """(n, k), (n) -> (n): in each row the element at ``index``."""
+    if isinstance(x, np.ndarray):
+        return np.take_along_axis(x, index[:, None], -1)[:, 0]
+    return x.gather(-1, index[:, None])[:, 0]
+
+
+def inverse_of(d: Array) -> Array:
+    """1/d in float32, and 0 where d is 0; Inf where it overflows."""
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = 1.0 / d
+    inverse[d == 0] = 0.0
+    return inverse
+
+
+def extremes(blocks: Array) -> tuple[Array, Array]:
+    """Least and greatest of each block; (..., n_blocks) both. Raises BadFile where a block has NaN or Inf."""
+    if isinstance(blocks, np.ndarray):
+        low, high = blocks.min(-1), blocks.max(-1)
+    else:
+        low, high = blocks.amin(-1), blocks.amax(-1)
+    # Both reductions carry a NaN through, so the block's extremes tell whether all of it is finite.
+    if low.size if isinstance(low, np.ndarray) else low.numel():
+        _refuse(low.min(), high.max())
+    return low, high
+
+
+def check_finite(x: Array, name: str | None = None) -> None:
+    """Raises BadFile, naming the tensor ``name``, if ``x`` has a NaN or an Inf."""
+    if any(n == 0 for n in x.shape):
+        return
+    if not isinstance(x, np.ndarray):
+        x = x.detach()
+    _refuse(x.min(), x.max(), name)
+
+
+def _refuse(low: Any, high: Any, name: str | None = None) -> None:
+    low, high = float(low), float(high)
+    if np.isfinite(low) and np.isfinite(high):
+        return
+    found = "NaN" if np.isnan(low) or np.isnan(high) else "Inf"
+    raise BadFile("the weights are not finite", where=name, found=found, expected="finite numbers", hint=_HINT)
+
+
+class ScaledGrid(Grid):
+    """A block of codes times one float16 scale: value = code * scale."""
+
+    def dequantize(self, blocks: Blocks) -> Array:
+        return as_rows(_times(cast(blocks.codes, "float32"), blocks.scales))
+
+    def encode(self, x: Array, scales: Array) -> Blocks:
+        return Blocks(codes=cast(self._nearest(x, scales), "int8"), scales=scales)
+
+    def nearest_values(self, x: Array, scales: Array) -> Array:
+        codes = self._nearest(x, scales)
+        codes += 0.0  # integers have no -0.0, so the values shall have none from it either
+        return as_rows(_times(codes, scales))
+
+    def inverse(self, scales: Array) -> Array:
+        return inverse_of(cast(scales, "float32"))
+
+    def _nearest(self, x: Array, scales: Array) -> Array:
+        """The codes, still float32: (..., n_blocks, block_size)."""
+        xp = namespace(x)
+        q = as_blocks(x, self.block_size) * self.inverse(scales)[..., None]
+        xp.round(q, out=q)
+        return xp.clip(q, self.min_code, self.max_code, out=q)
+
+
+def _times(codes: Array, scales: Array) -> Array:
+    """code * scale, in the float32 ``codes`` (..., n_blocks, block_size) themselves."""
+    with np.errstate(invalid="ignore"):  # 0 * Inf, where a scale overflowed float16: NaN, as in the runtime
+        codes *= cast(scales, "float32")[..., None]
+    return codes

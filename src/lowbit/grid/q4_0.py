@@ -1,0 +1,68 @@
+"""Q4_0: 32 weights on 16 evenly spaced values; a float16 scale, and codes of 4 bits.
+
+The largest weight of a block, sign included, gets code -8. Source: quantize_row_q4_0_ref and block_q4_0 in ggml
+(ggml-quants.c, ggml-common.h).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lowbit.grid._array import ScaledGrid, as_blocks, as_rows, cast, extremes, inverse_of, take
+from lowbit.grid.base import Array, Blocks, namespace
+
+
+class Q4_0(ScaledGrid):
+    name = "q4_0"
+    ggml_type = 2
+    block_size = 32
+    block_bytes = 2 + 16  # the float16 scale, then 32 nibbles
+    min_code, max_code = -8, 7
+
+    def quantize(self, x: Array) -> Blocks:
+        xp = namespace(x)
+        blocks = as_blocks(x, self.block_size)  # (..., n_blocks, 32)
+        d = _signed_extreme(xp, blocks) / -8.0  # (..., n_blocks) float32; -0.0 for a block of zeros, as in ggml
+        inverse = inverse_of(d)
+        overflows = xp.isinf(inverse)
+        inverse[overflows] = 0.0
+        q = blocks * inverse[..., None]
+        q += 8.5
+        xp.clip(q, None, 15.5, out=q)
+        codes = cast(q, "int8")  # truncates; q is above zero
+        codes -= 8
+        if overflows.any():  # a block this close to zero: ggml's cast of Inf and NaN to int8 gives 0, which is code -8
+            codes[overflows] = self.min_code
+        return Blocks(codes=codes, scales=cast(d, "float16"))
+
+    def pack(self, blocks: Blocks) -> np.ndarray:
+        nibbles = (np.asarray(blocks.codes) + np.int8(8)).view(np.uint8)
+        raw = np.empty((*nibbles.shape[:-1], self.block_bytes), np.uint8)
+        raw[..., :2] = np.ascontiguousarray(blocks.scales, "<f2")[..., None].view(np.uint8)
+        np.left_shift(nibbles[..., 16:], 4, out=raw[..., 2:])  # low nibbles: weights 0..15, high: 16..31
+        raw[..., 2:] |= nibbles[..., :16]
+        return as_rows(raw)
+
+    def unpack(self, raw: np.ndarray) -> Blocks:
+        raw = raw.reshape(*raw.shape[:-1], -1, self.block_bytes)
+        scales = np.ascontiguousarray(raw[..., :2]).view("<f2")[..., 0]
+        codes = np.empty((*raw.shape[:-1], self.block_size), np.int8)
+        unsigned = codes.view(np.uint8)
+        np.bitwise_and(raw[..., 2:], 15, out=unsigned[..., :16])
+        np.right_shift(raw[..., 2:], 4, out=unsigned[..., 16:])
+        codes -= 8
+        return Blocks(codes=codes, scales=scales)
+
+
+def _signed_extreme(xp: Array, blocks: Array) -> Array:
+    """The first element of largest magnitude, with its sign: (..., n_blocks)."""
+    low, high = extremes(blocks)
+    extreme = xp.where(-low > high, low, high)
+    tied = -low == high
+    if tied.any():  # both signs reach the magnitude: the first of them counts; rare, so the search pays only here
+        candidates = blocks[tied]  # (n_tied, 32)
+        extreme[tied] = take(candidates, xp.argmax(abs(candidates), -1)) + 0.0  # a block of zeros: never -0.0
+    return extreme
+
+
+GRID = Q4_0()
