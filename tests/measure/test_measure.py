@@ -11,6 +11,7 @@ from tiny_gguf import prose, write_tiny
 
 import lowbit.measure
 from lowbit import files
+from lowbit.checkpoint import Tensor, open_checkpoint, write_checkpoint
 from lowbit.errors import BadFile, BadOption, BadText, NotFound, RuntimeFailed
 from lowbit.measure import MeasureOptions, fidelity, measure
 from lowbit.measure.speed import probe
@@ -141,14 +142,18 @@ def test_each_chunk_begins_with_bos_where_the_model_has_one(tmp_path: Path) -> N
     assert np.array_equal(chunks[:, 1:].ravel(), text.ids[: chunks.size].reshape(-1, 64)[:, 1:].ravel())
 
 
+@pytest.mark.parametrize("piece", [5_000, 5_001, 5_002, 5_003])
+@pytest.mark.parametrize(
+    "text", [prose(6_000), "a\n\nin\n\n\n\n" * 3_000, "\n" * 20_000], ids=["prose", "breaks", "one run"]
+)
 def test_a_long_text_is_tokenized_piecewise_as_it_is_whole(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    text: str, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = prose(60_000)
     (tmp_path / "long.txt").write_text(text, encoding="utf-8")
     sizes = []
-    monkeypatch.setattr("lowbit.measure.text._PIECE", 50_000)
-    with LlamaCpp(folder / "reference.gguf", context=64, threads=1) as model:
+    monkeypatch.setattr("lowbit.measure.text._PIECE", piece)
+    path = write_tiny(tmp_path / "breaks.gguf", merges=("t h", "th e", "Ċ Ċ", "ĊĊ ĊĊ"))
+    with LlamaCpp(path, context=64, threads=1) as model:
 
         class Counting:
             def tokenize(self, text: str, **options: bool) -> list[int]:
@@ -157,7 +162,8 @@ def test_a_long_text_is_tokenized_piecewise_as_it_is_whole(
 
         found = read_text(tmp_path / "long.txt", Counting()).ids
         assert found.tolist() == model.tokenize(text)
-    assert max(sizes) < len(text) / 3
+    if "the" in text:
+        assert max(sizes) < len(text) / 2
 
 
 def test_memory_does_not_grow_with_the_text(folder: Path, tmp_path: Path) -> None:
@@ -205,6 +211,17 @@ def test_an_artifact_of_another_model_is_refused(folder: Path, tmp_path: Path) -
     with pytest.raises(BadFile, match="tokenizer") as error:
         measure(tmp_path / "other.gguf", against=folder / "reference.gguf", text=folder / "text.txt", options=FAST)
     assert "made from" in str(error.value)
+
+
+def test_the_reference_may_be_a_checkpoint(folder: Path, tmp_path: Path) -> None:
+    """It is packed as F32 and gives what the GGUF it came from gives."""
+    with open_checkpoint(folder / "reference.gguf") as source:
+        tensors = (Tensor(name=name, values=source.read(name)) for name in source.names)
+        write_checkpoint(tmp_path / "checkpoint", source, tensors)
+    result = run(folder, "reference.gguf", "good.gguf", against=tmp_path / "checkpoint")
+    assert result["artifacts"][0]["fidelity"]["kld_mean"]["value"] == 0
+    assert result["artifacts"][1] == run(folder, "good.gguf")["artifacts"][0]
+    assert result["reference"]["path"] == str(tmp_path / "checkpoint")
 
 
 def test_nothing_half_written_is_left(folder: Path, tmp_path: Path) -> None:

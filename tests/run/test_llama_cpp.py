@@ -9,7 +9,8 @@ from tiny_gguf import write_tiny
 
 from lowbit.errors import BadFile, BadOption, BadText, NotFound, RuntimeFailed
 from lowbit.run import _cores, _llama_h
-from lowbit.run.llama_cpp import KV_TYPES, LlamaCpp, sample
+from lowbit.run._sampling import sample
+from lowbit.run.llama_cpp import KV_TYPES, LlamaCpp
 
 TEXT = "Then the rain went in and the thing said nothing.\n" * 8
 

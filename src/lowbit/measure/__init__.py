@@ -73,8 +73,8 @@ def measure(
     """Fidelity, size, memory and speed of GGUF files against a reference, all run in llama.cpp.
 
     artifacts: one path or several
-    against:   the reference: a GGUF, which is run as it is (F32, F16 or BF16 for the truth about the weights), or a
-               Hugging Face checkpoint (folder or name), which is packed as F32 to a temporary file first
+    against:   the reference: a GGUF file, which is run as it is (F32, F16 or BF16 for the truth about the weights), or
+               a checkpoint (Hugging Face folder or name), whose weights are packed as F32 to a temporary file first
     text:      held-out UTF-8 text of at least one chunk of tokens
     json:      where to write the result as well
 
@@ -151,18 +151,12 @@ def _reference_file(against: str | os.PathLike[str]) -> Iterator[Path]:
     if Path(against).is_file():
         yield Path(against)
         return
-    from lowbit import checkpoint
-
-    found = checkpoint.resolve(os.fspath(against))
-    if found.is_file():
-        yield found
-        return
     from lowbit import pack
 
     with tempfile.TemporaryDirectory(prefix="lowbit-") as folder:
         console.log(f"Packing {against} as F32 to measure against ...")
         packed = Path(folder) / "reference.gguf"
-        pack.pack(found, "f32", packed)
+        pack.pack(os.fspath(against), "f32", packed)
         yield packed
 
 

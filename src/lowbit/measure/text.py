@@ -96,12 +96,18 @@ def _joinable(pieces: Iterator[str], tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def _seam(text: str, tokenizer: Tokenizer) -> int:
-    """The last place after a line break where both sides tokenize as they do together; 0 where none was found."""
+    """The last line start where both sides tokenize as they do together; 0 where none was found.
+
+    A line start: after a break and before something that is not white space, for a run of breaks may be one token.
+    """
     at = len(text) - _SEAM
     for _ in range(16):
         at = text.rfind("\n", 0, at) + 1
         if at < _SEAM:
             return 0
+        if text[at].isspace():
+            at -= 1
+            continue
         left, right = text[at - _SEAM : at], text[at : at + _SEAM]
         together = tokenizer.tokenize(left + right, add_special=False)
         if together == tokenizer.tokenize(left, add_special=False) + tokenizer.tokenize(right, add_special=False):

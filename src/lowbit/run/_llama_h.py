@@ -16,6 +16,8 @@ from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_size_t
 from importlib import metadata
 from typing import Any
 
+import numpy as np
+
 from lowbit import ggml
 from lowbit.errors import RuntimeFailed
 
@@ -107,6 +109,32 @@ class Batch(ctypes.Structure):
         ("seq_id", c_void_p),
         ("logits", c_void_p),
     ]
+
+
+class BatchBuffers:
+    """The arrays behind a llama_batch of up to ``size`` tokens of sequence 0, filled anew for each call."""
+
+    def __init__(self, size: int) -> None:
+        self.token = np.zeros(size, np.int32)
+        self.pos = np.zeros(size, np.int32)
+        self.n_seq_id = np.ones(size, np.int32)
+        self.sequence = np.zeros(1, np.int32)
+        self.seq_id = np.full(size, self.sequence.ctypes.data, np.uintp)
+        self.logits = np.zeros(size, np.int8)
+
+    def fill(self, ids: np.ndarray, past: int, outputs: int) -> Batch:
+        n = len(ids)
+        self.token[:n] = ids
+        self.pos[:n] = np.arange(past, past + n)
+        self.logits[:n] = np.arange(n) >= n - outputs
+        return Batch(
+            n_tokens=n,
+            token=self.token.ctypes.data,
+            pos=self.pos.ctypes.data,
+            n_seq_id=self.n_seq_id.ctypes.data,
+            seq_id=self.seq_id.ctypes.data,
+            logits=self.logits.ctypes.data,
+        )
 
 
 # What llama_*_default_params() return; a pointer that is not set reads as None.

@@ -20,6 +20,7 @@ import numpy as np
 from lowbit.errors import BadFile, BadOption, BadText, NotFound, RuntimeFailed
 from lowbit.run import _chat_template, _llama_h
 from lowbit.run._cores import available_cores
+from lowbit.run._sampling import sample
 from lowbit.units import MIB
 
 # Name -> ggml_type of the KV cache types that llama.cpp's own --cache-type-k takes.
@@ -88,7 +89,7 @@ class LlamaCpp:
             self._free_model()
             raise
         self._free_context = weakref.finalize(self, self._lib.llama_free, self._context)
-        self._batch = _BatchBuffers(self.ubatch)
+        self._batch = _llama_h.BatchBuffers(self.ubatch)
         self._past = 0  # tokens in the KV cache
 
     def _load_model(self) -> int:
@@ -396,48 +397,9 @@ class LlamaCpp:
         return self._context
 
 
-def sample(logits: np.ndarray, rng: np.random.Generator, *, temperature: float, top_k: int, top_p: float) -> int:
-    """One token id drawn from a row of logits, (n_vocab,) float32; temperature 0 takes the largest."""
-    if temperature == 0:
-        return int(logits.argmax())
-    order = np.argsort(-logits, kind="stable")[: top_k or None]
-    scaled = logits[order].astype(np.float64) / temperature
-    p = np.exp(scaled - scaled[0])
-    p /= p.sum()
-    keep = int(np.searchsorted(np.cumsum(p), top_p)) + 1 if top_p < 1 else len(p)
-    p = p[:keep] / p[:keep].sum()
-    return int(order[:keep][rng.choice(len(p), p=p)])
-
-
 def _rows_within(n_bytes: int, n_vocab: int) -> int:
     """Rows of float32 logits that fit, a multiple of 64 (see LlamaCpp.logits), at least 64."""
     return max(64, n_bytes // (4 * max(1, n_vocab)) // 64 * 64)
-
-
-class _BatchBuffers:
-    """The arrays behind a llama_batch of up to ``size`` tokens of sequence 0, filled anew for each call."""
-
-    def __init__(self, size: int) -> None:
-        self.token = np.zeros(size, np.int32)
-        self.pos = np.zeros(size, np.int32)
-        self.n_seq_id = np.ones(size, np.int32)
-        self.sequence = np.zeros(1, np.int32)
-        self.seq_id = np.full(size, self.sequence.ctypes.data, np.uintp)
-        self.logits = np.zeros(size, np.int8)
-
-    def fill(self, ids: np.ndarray, past: int, outputs: int) -> _llama_h.Batch:
-        n = len(ids)
-        self.token[:n] = ids
-        self.pos[:n] = np.arange(past, past + n)
-        self.logits[:n] = np.arange(n) >= n - outputs
-        return _llama_h.Batch(
-            n_tokens=n,
-            token=self.token.ctypes.data,
-            pos=self.pos.ctypes.data,
-            n_seq_id=self.n_seq_id.ctypes.data,
-            seq_id=self.seq_id.ctypes.data,
-            logits=self.logits.ctypes.data,
-        )
 
 
 def _check_options(context: int, ubatch: int, threads: int, kv_type: str, flash_attention: bool | None) -> None:
