@@ -105,4 +105,4 @@ def prose(n_words: int, seed: int = 0) -> str:
         "(But)",
     ]
     words += ["why?", "café", "nothing.", "end.\n\n", "Thin\n", " "]
-    return " ".join(words[i] for i in rng.integers(0, len(words), n_words))
+    return " ".join(words[i] for i in rng.integers(0, len(words), n_words)).replace("\n ", "\n")
