@@ -19,6 +19,8 @@ from lowbit.errors import BadFile, Unsupported
 
 _HINT = "Install it with: pip install 'xllamacpp>=2026.10,<2026.11'"
 _KNOWN = frozenset(int(member) for member in GGMLQuantizationType)
+# What the C library keeps activations and integers in; its quantizer aborts the process on them.
+_NOT_FOR_WEIGHTS = frozenset({9, 15, 24, 25, 26, 27, 28})  # Q8_1, Q8_K, I8, I16, I32, I64, F64
 
 
 @functools.cache
@@ -56,6 +58,8 @@ def quantize(x: np.ndarray, ggml_type: int) -> np.ndarray:
     rows, n = x.shape
     raw = np.zeros((rows, row_bytes(n, ggml_type)), np.uint8)
     lib = library()
+    if ggml_type in _NOT_FOR_WEIGHTS:
+        raise Unsupported("ggml cannot quantize to this type", found=type_name(ggml_type))
     if lib.ggml_quantize_requires_imatrix(ggml_type):
         raise Unsupported("this ggml type needs an importance matrix", found=type_name(ggml_type))
     if not np.isfinite(x).all():

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lowbit.errors import BadFile
+from lowbit.errors import BadFile, Unsupported
 from lowbit.grid.base import Array, Blocks, Grid, namespace
 
 _HINT = "The checkpoint is damaged, or training diverged"
@@ -20,16 +20,29 @@ def cast(x: Array, dtype: str) -> Array:
     return x.to(getattr(namespace(x), dtype))
 
 
+def plain(x: Array) -> Array:
+    """``x`` as float32, without its gradient; a copy only if needed."""
+    return cast(x if isinstance(x, np.ndarray) else x.detach(), "float32")
+
+
 def bitcast(x: Array, dtype: str) -> Array:
     """The same bytes read as ``dtype``, not copied."""
     return x.view(dtype) if isinstance(x, np.ndarray) else x.view(getattr(namespace(x), dtype))
 
 
 def as_blocks(x: Array, block_size: int) -> Array:
-    """(..., n) float32 -> (..., n / block_size, block_size), without its gradient."""
-    if not isinstance(x, np.ndarray):
-        x = x.detach()
-    return cast(x, "float32").reshape(*x.shape[:-1], -1, block_size)
+    """(..., n) float32 -> (..., n / block_size, block_size), without its gradient. Raises Unsupported."""
+    n_blocks, rest = divmod(x.shape[-1], block_size)
+    if rest:
+        raise Unsupported(
+            "the rows are not whole blocks", found=f"rows of {x.shape[-1]}", expected=f"a multiple of {block_size}"
+        )
+    return plain(x).reshape(*x.shape[:-1], n_blocks, block_size)
+
+
+def raw_blocks(raw: np.ndarray, block_bytes: int) -> np.ndarray:
+    """(..., n_blocks * block_bytes) uint8 -> (..., n_blocks, block_bytes)."""
+    return raw.reshape(*raw.shape[:-1], raw.shape[-1] // block_bytes, block_bytes)
 
 
 def as_rows(x: Array) -> Array:
@@ -58,19 +71,22 @@ def extremes(blocks: Array) -> tuple[Array, Array]:
         low, high = blocks.min(-1), blocks.max(-1)
     else:
         low, high = blocks.amin(-1), blocks.amax(-1)
-    # Both reductions carry a NaN through, so the block's extremes tell whether all of it is finite.
-    if low.size if isinstance(low, np.ndarray) else low.numel():
+    # Both reductions carry a NaN through, so the blocks' extremes tell whether all of x is finite.
+    if not _is_empty(low):
         _refuse(low.min(), high.max())
     return low, high
 
 
 def check_finite(x: Array, name: str | None = None) -> None:
     """Raises BadFile, naming the tensor ``name``, if ``x`` has a NaN or an Inf."""
-    if any(n == 0 for n in x.shape):
+    if _is_empty(x):
         return
-    if not isinstance(x, np.ndarray):
-        x = x.detach()
+    x = plain(x)
     _refuse(x.min(), x.max(), name)
+
+
+def _is_empty(x: Array) -> bool:
+    return 0 in x.shape
 
 
 def _refuse(low: Any, high: Any, name: str | None = None) -> None:

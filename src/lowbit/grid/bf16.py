@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lowbit.grid._array import bitcast, cast, check_finite
+from lowbit.grid._array import bitcast, cast, check_finite, plain
 from lowbit.grid.base import Array, Blocks, Grid
 
 
@@ -20,7 +20,7 @@ class BF16(Grid):
 
     def quantize(self, x: Array) -> Blocks:
         check_finite(x)
-        bits = bitcast(cast(x, "float32"), "int32")
+        bits = bitcast(plain(x), "int32")
         rounded = (bits >> 16) & 1  # halves go to the even neighbour
         rounded += 0x7FFF
         rounded += bits

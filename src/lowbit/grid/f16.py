@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lowbit.grid._array import cast, check_finite
+from lowbit.grid._array import cast, check_finite, plain
 from lowbit.grid.base import Array, Blocks, Grid
 
 
@@ -16,7 +16,7 @@ class F16(Grid):
 
     def quantize(self, x: Array) -> Blocks:
         check_finite(x)
-        return Blocks(codes=cast(cast(x, "float32"), "float16"))
+        return Blocks(codes=cast(plain(x), "float16"))
 
     def dequantize(self, blocks: Blocks) -> Array:
         return cast(blocks.codes, "float32")

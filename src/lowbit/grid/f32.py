@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lowbit.grid._array import cast, check_finite
+from lowbit.grid._array import check_finite, plain
 from lowbit.grid.base import Array, Blocks, Grid
 
 
@@ -16,7 +16,7 @@ class F32(Grid):
 
     def quantize(self, x: Array) -> Blocks:
         check_finite(x)
-        return Blocks(codes=cast(x, "float32"))
+        return Blocks(codes=plain(x))
 
     def dequantize(self, blocks: Blocks) -> Array:
         return blocks.codes

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lowbit.grid._array import ScaledGrid, as_blocks, as_rows, cast, extremes, inverse_of, take
+from lowbit.grid._array import ScaledGrid, as_blocks, as_rows, cast, extremes, inverse_of, raw_blocks, take
 from lowbit.grid.base import Array, Blocks, namespace
 
 
@@ -44,7 +44,7 @@ class Q4_0(ScaledGrid):
         return as_rows(raw)
 
     def unpack(self, raw: np.ndarray) -> Blocks:
-        raw = raw.reshape(*raw.shape[:-1], -1, self.block_bytes)
+        raw = raw_blocks(raw, self.block_bytes)
         scales = np.ascontiguousarray(raw[..., :2]).view("<f2")[..., 0]
         codes = np.empty((*raw.shape[:-1], self.block_size), np.int8)
         unsigned = codes.view(np.uint8)

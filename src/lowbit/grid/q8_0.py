@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lowbit.grid._array import ScaledGrid, as_blocks, as_rows, cast, extremes, inverse_of
+from lowbit.grid._array import ScaledGrid, as_blocks, as_rows, cast, extremes, inverse_of, raw_blocks
 from lowbit.grid.base import Array, Blocks, namespace
 
 
@@ -42,7 +42,7 @@ class Q8_0(ScaledGrid):
         return as_rows(raw)
 
     def unpack(self, raw: np.ndarray) -> Blocks:
-        raw = raw.reshape(*raw.shape[:-1], -1, self.block_bytes)
+        raw = raw_blocks(raw, self.block_bytes)
         scales = np.ascontiguousarray(raw[..., :2]).view("<f2")[..., 0]
         return Blocks(codes=np.ascontiguousarray(raw[..., 2:]).view(np.int8), scales=scales)
 

@@ -1,0 +1,142 @@
+"""What every grid promises beside its bits: shapes, refusals, nearest codes, no gradient."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from lowbit import grid
+from lowbit.errors import BadFile, Unsupported
+
+SCALED = [name for name in grid.names() if grid.get(name).has_scales]
+
+
+def _weights(*shape: int) -> np.ndarray:
+    return np.random.default_rng(1).standard_normal(shape, dtype=np.float32)
+
+
+@pytest.mark.parametrize("name", grid.names())
+@pytest.mark.parametrize("shape", [(256,), (3, 256), (2, 5, 512), (0, 256)])
+def test_shapes_come_back_and_bytes_are_as_promised(name: str, shape: tuple[int, ...]) -> None:
+    chosen, x = grid.get(name), _weights(*shape)
+    blocks = chosen.quantize(x)
+    raw = chosen.pack(blocks)
+    assert chosen.dequantize(blocks).shape == shape
+    assert raw.shape == (*shape[:-1], shape[-1] // chosen.block_size * chosen.block_bytes)
+    assert raw.dtype == np.uint8
+    np.testing.assert_array_equal(chosen.pack(chosen.unpack(raw)), raw)
+    assert raw.size * 8 == x.size * chosen.bits_per_weight
+
+
+@pytest.mark.parametrize("name", grid.names())
+def test_a_strided_view_is_read_as_it_is_and_left_alone(name: str) -> None:
+    chosen, wide = grid.get(name), _weights(4, 512)
+    view, before = wide[::2, 256:], wide.copy()
+    expected = chosen.pack(chosen.quantize(np.ascontiguousarray(view)))
+    np.testing.assert_array_equal(chosen.pack(chosen.quantize(view)), expected)
+    np.testing.assert_array_equal(chosen.pack(chosen.quantize(torch.from_numpy(wide)[::2, 256:])), expected)
+    np.testing.assert_array_equal(wide, before)
+
+
+@pytest.mark.parametrize("name", grid.names())
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_nan_and_inf_are_refused(name: str, bad: float) -> None:
+    x = _weights(4, 512)
+    x[2, 300] = bad
+    for array in (x, torch.from_numpy(x)):
+        with pytest.raises(BadFile, match="not finite"):
+            grid.get(name).quantize(array)
+        with pytest.raises(BadFile, match=r"layers\.3\.up: the weights are not finite; found (NaN|Inf)"):
+            grid.check_finite(array, "layers.3.up")
+    x[2, 300] = 3.4e38
+    grid.check_finite(x, "layers.3.up")
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_rows_that_are_not_whole_blocks_are_refused(name: str) -> None:
+    with pytest.raises(Unsupported, match="rows of 48; expected a multiple of 32"):
+        grid.get(name).quantize(_weights(2, 48))
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_encode_gives_the_nearest_code_on_any_scale(name: str) -> None:
+    chosen, x = grid.get(name), _weights(8, 64)
+    scales = _weights(8, 2).astype(np.float16)
+    scales[0] = 0
+    scales[1] = [6e-8, -6e-8]  # the least float16 there is
+    blocks = chosen.encode(x, scales)
+    every = np.arange(chosen.min_code, chosen.max_code + 1)
+    wide = scales.astype(np.float64)[..., None]
+    error = np.abs(x.reshape(8, 2, 32, 1).astype(np.float64) - every * wide[..., None])
+    reached = np.abs(x.reshape(8, 2, 32).astype(np.float64) - blocks.codes * wide)
+    np.testing.assert_allclose(reached, error.min(-1), rtol=1e-6, atol=1e-7)
+    assert blocks.codes.dtype == np.int8
+    assert not blocks.codes[0].any()
+    assert blocks.codes.min() >= chosen.min_code
+    assert blocks.codes.max() <= chosen.max_code
+    in_torch = chosen.encode(torch.from_numpy(x), torch.from_numpy(scales))
+    np.testing.assert_array_equal(in_torch.codes.numpy(), blocks.codes)
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_encoding_what_a_grid_holds_changes_nothing(name: str) -> None:
+    chosen = grid.get(name)
+    blocks = chosen.quantize(_weights(64, 256))
+    again = chosen.encode(chosen.dequantize(blocks), blocks.scales)
+    np.testing.assert_array_equal(again.codes, blocks.codes)
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_nearest_values_are_the_encoded_values_bit_for_bit(name: str) -> None:
+    chosen, x = grid.get(name), _weights(16, 256)
+    x[3] = 0
+    scales = (_weights(16, 8) * 0.1).astype(np.float16)
+    scales[5, 0] = 0
+    expected = chosen.dequantize(chosen.encode(x, scales)).view(np.uint32)
+    np.testing.assert_array_equal(chosen.nearest_values(x, scales).view(np.uint32), expected)
+    in_torch = chosen.nearest_values(torch.from_numpy(x), torch.from_numpy(scales))
+    np.testing.assert_array_equal(in_torch.numpy().view(np.uint32), expected)
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_inverse_is_zero_where_the_scale_is(name: str) -> None:
+    scales = np.array([0.0, -0.0, -0.5, 4.0], np.float16)
+    for array in (scales, torch.from_numpy(scales)):
+        assert grid.get(name).inverse(array).tolist() == [0, 0, -2, 0.25]
+
+
+@pytest.mark.parametrize("name", grid.names())
+def test_a_parameter_may_be_rounded_and_gets_no_gradient(name: str) -> None:
+    chosen, weight = grid.get(name), torch.nn.Parameter(torch.from_numpy(_weights(2, 256)))
+    blocks = chosen.quantize(weight)
+    assert not blocks.codes.requires_grad
+    assert not chosen.dequantize(blocks).requires_grad
+    if chosen.has_scales:
+        assert not chosen.nearest_values(weight, blocks.scales).requires_grad
+
+
+def test_q4_0_of_a_block_worked_by_hand() -> None:
+    # The extreme is -4, so the scale is 0.5 and the codes are the weights over 0.5; +4 would be code 8, cut to 7.
+    x = np.zeros((1, 32), np.float32)
+    x[0, :6] = [-4, 4, 1, -1, 0.26, 0.24]
+    chosen = grid.get("q4_0")
+    blocks = chosen.quantize(x)
+    assert blocks.scales.tolist() == [[0.5]]
+    assert blocks.codes[0, 0, :6].tolist() == [-8, 7, 2, -2, 1, 0]
+    raw = chosen.pack(blocks)[0]
+    assert raw[:2].tobytes() == np.float16(0.5).tobytes()
+    assert raw[2] == 0x80  # low nibble: weight 0, code -8 + 8; high nibble: weight 16, code 0 + 8
+    assert raw[3] == 0x8F
+    # The first of two extremes gives the sign.
+    blocks = chosen.quantize(-x)
+    assert blocks.scales.tolist() == [[-0.5]]
+    assert blocks.codes[0, 0, :2].tolist() == [-8, 7]
+
+
+def test_the_names_are_sorted_and_have_their_types() -> None:
+    assert all(a < b for a, b in pairwise(grid.names()))
+    for name in grid.names():
+        assert grid.by_ggml_type(grid.get(name).ggml_type).name == name

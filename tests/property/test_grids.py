@@ -1,0 +1,53 @@
+"""Any finite block: the bits that the C library stores and computes with, in numpy and in torch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from lowbit import ggml, grid
+
+WIDTH = 256
+FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
+BLOCK = hnp.arrays(np.float32, (2, WIDTH), elements=FLOATS, fill=FLOATS)
+
+
+def _assert_same_bits(name: str, x: np.ndarray) -> None:
+    chosen = grid.get(name)
+    expected = ggml.quantize(x, chosen.ggml_type)
+    blocks = chosen.quantize(x)
+    np.testing.assert_array_equal(chosen.pack(blocks), expected)
+    np.testing.assert_array_equal(chosen.pack(chosen.quantize(torch.from_numpy(x))), expected)
+    np.testing.assert_array_equal(chosen.pack(chosen.unpack(expected)), expected)
+    values, theirs = chosen.dequantize(blocks), ggml.dequantize(expected, chosen.ggml_type, x.shape[1])
+    real = ~np.isnan(theirs)
+    np.testing.assert_array_equal(np.isnan(values), ~real)
+    np.testing.assert_array_equal(values[real].view(np.uint32), theirs[real].view(np.uint32))
+
+
+@pytest.mark.parametrize("name", grid.names())
+@given(x=BLOCK)
+@settings(max_examples=60, deadline=None)
+def test_any_finite_block(name: str, x: np.ndarray) -> None:
+    _assert_same_bits(name, x)
+
+
+@pytest.mark.parametrize("name", grid.names())
+@given(seed=st.integers(0, 2**32 - 1), exponent=st.integers(-149, 120), steps=st.sampled_from([0, 3, 16, 127, 1000]))
+@settings(max_examples=60, deadline=None)
+def test_blocks_of_one_magnitude_with_and_without_ties(name: str, seed: int, exponent: int, steps: int) -> None:
+    """steps > 0: multiples of one number, so that extremes and halves tie."""
+    rng = np.random.default_rng(seed)
+    x = rng.integers(-steps, steps + 1, (16, WIDTH)) if steps else rng.standard_normal((16, WIDTH))
+    with np.errstate(over="ignore"):
+        scaled = np.ldexp(np.asarray(x, np.float32) * np.float32(rng.uniform(0.1, 1)), exponent)
+    _assert_same_bits(name, np.where(np.isfinite(scaled), scaled, np.float32(0)))
+
+
+@pytest.mark.parametrize("name", grid.names())
+def test_a_million_random_weights(name: str) -> None:
+    _assert_same_bits(name, np.random.default_rng(3).standard_normal((1024, 1024), dtype=np.float32))

@@ -1,0 +1,76 @@
+"""Which tensor goes on which grid: the choice of llama-quantize."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from lowbit import grid, recipe
+from lowbit.checkpoint import open_checkpoint
+from lowbit.errors import BadOption, Unsupported
+
+
+@dataclass(frozen=True)
+class Spec:
+    name: str
+    role: str
+    shape: tuple[int, ...]
+
+
+def _model(*, row: int = 576, tied: bool = True) -> list[Spec]:
+    specs = [
+        Spec("embed", "embedding", (1000, row)),
+        Spec("q", "attn_q", (row, row)),
+        Spec("down", "ffn_down", (row, 1536)),
+        Spec("q.bias", "bias", (row,)),
+        Spec("norm", "norm", (row,)),
+    ]
+    return specs if tied else [*specs, Spec("head", "output", (1000, row))]
+
+
+def test_q4_0_keeps_a_tied_embedding_at_8_bits_and_vectors_at_f32() -> None:
+    assigned = recipe.get("q4_0").assign_specs(_model())
+    assert assigned == {"embed": "q8_0", "q": "q4_0", "down": "q4_0", "q.bias": "f32", "norm": "f32"}
+
+
+def test_q4_0_of_an_untied_model_puts_the_embedding_at_4_bits() -> None:
+    assigned = recipe.get("q4_0").assign_specs(_model(tied=False))
+    assert (assigned["embed"], assigned["head"]) == ("q4_0", "q8_0")
+
+
+@pytest.mark.skipif("q6_k" not in grid.names(), reason="no q6_k grid")
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_of_whole_q6_k_blocks_put_the_head_on_q6_k(tied: bool) -> None:
+    assigned = recipe.get("q4_0").assign_specs(_model(row=512, tied=tied))
+    assert assigned["embed" if tied else "head"] == "q6_k"
+    assert recipe.get("q8_0").assign_specs(_model(row=512, tied=tied))["embed" if tied else "head"] == "q8_0"
+
+
+@pytest.mark.parametrize("name", ["q8_0", "f16", "bf16", "f32"])
+def test_the_other_recipes_put_every_matrix_on_their_grid(name: str) -> None:
+    assigned = recipe.get(name).assign_specs(_model(tied=False))
+    assert {assigned[n] for n in ("embed", "q", "down", "head")} == {name}
+    assert assigned["norm"] == "f32"
+
+
+def test_rows_that_are_not_whole_blocks_name_the_tensor() -> None:
+    with pytest.raises(Unsupported, match="down: the rows are not whole q4_0 blocks; found rows of 48; expected a mul"):
+        recipe.get("q4_0").assign_specs([Spec("down", "ffn_down", (64, 48))])
+    assert recipe.get("f16").assign_specs([Spec("down", "ffn_down", (64, 48))]) == {"down": "f16"}
+
+
+def test_an_unknown_recipe_lists_the_names() -> None:
+    with pytest.raises(BadOption, match="'q5'; expected one of q4_0, q8_0, f16, bf16, f32"):
+        recipe.get("q5")
+
+
+def test_the_real_model_as_llama_quantize_makes_it(packaged_gguf) -> None:
+    with open_checkpoint(packaged_gguf("smollm2-135m")) as checkpoint:
+        chosen = recipe.get("q4_0")
+        assigned, trained = chosen.assign(checkpoint), chosen.trained(checkpoint)
+    assert set(assigned) == set(checkpoint.names)
+    assert assigned["model.embed_tokens.weight"] == "q8_0"
+    assert len(trained) == 30 * 7
+    assert "model.embed_tokens.weight" not in trained
+    assert {assigned[name] for name in trained} == {"q4_0"}
