@@ -180,6 +180,17 @@ def test_bad_files_are_one_line(tiny: Path, tmp_path: Path) -> None:
         LlamaCpp(tmp_path / "arch.gguf")
 
 
+def test_metadata_that_llama_cpp_dies_of_is_a_bad_file(tiny: Path, tmp_path: Path) -> None:
+    """An absurd number of layers makes llama.cpp abort its process; ours must live on."""
+    raw = tiny.read_bytes()
+    key = b"llama.block_count"
+    at = raw.index(key) + len(key) + 4
+    (tmp_path / "lies.gguf").write_bytes(raw[:at] + b"\xff\xff\xff\x7f" + raw[at + 4 :])
+    with pytest.raises(BadFile, match="dies of this file") as error:
+        LlamaCpp(tmp_path / "lies.gguf")
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     "options",
     [

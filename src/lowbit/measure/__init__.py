@@ -151,12 +151,13 @@ def _reference_file(against: str | os.PathLike[str]) -> Iterator[Path]:
     if Path(against).is_file():
         yield Path(against)
         return
-    from lowbit import pack
+    from lowbit import checkpoint, pack
 
+    found = checkpoint.resolve(os.fspath(against))
     with tempfile.TemporaryDirectory(prefix="lowbit-") as folder:
         console.log(f"Packing {against} as F32 to measure against ...")
         packed = Path(folder) / "reference.gguf"
-        pack.pack(os.fspath(against), "f32", packed)
+        pack.pack(found, "f32", packed)
         yield packed
 
 

@@ -26,6 +26,7 @@ def main() -> None:
         threads=job["threads"],
         kv_type=job["kv_type"],
         logits_all=False,
+        trusted=True,
     ) as model:
         for _ in model.generate(prompt[:_WARM_UP], 2, ignore_end=True):
             pass

@@ -18,7 +18,7 @@ from typing import Any, Self
 import numpy as np
 
 from lowbit.errors import BadFile, BadOption, BadText, NotFound, RuntimeFailed
-from lowbit.run import _chat_template, _llama_h
+from lowbit.run import _chat_template, _llama_h, _trial
 from lowbit.run._cores import available_cores
 from lowbit.run._sampling import sample
 from lowbit.units import MIB
@@ -52,6 +52,7 @@ class LlamaCpp:
     logits_all:      False keeps room for one row of logits only: generation and chat, but no logits()
     logits_rows:     rows of logits that logits() computes at a time; None means ubatch, or fewer where the vocabulary
                      is so large that they would take more than 128 MiB
+    trusted:         True skips the look at the file in a child process (see _trial.py)
 
     Raises NotFound, BadFile (not a GGUF, truncated, unknown architecture), BadOption, RuntimeFailed.
     """
@@ -67,11 +68,14 @@ class LlamaCpp:
         flash_attention: bool | None = None,
         logits_all: bool = True,
         logits_rows: int | None = None,
+        trusted: bool = False,
     ) -> None:
         self.path = Path(path)
         self.threads = available_cores() if threads is None else threads
         _check_options(context, ubatch, self.threads, kv_type, flash_attention)
         _check_file(self.path)
+        if not trusted:
+            _trial.check(self.path)
         self._llama = _llama_h.load()
         self._lib = self._llama.lib
         self.logits_all = logits_all
