@@ -145,7 +145,7 @@ class GgufCheckpoint(Checkpoint):
         if path.suffix == ".safetensors":
             hint = f"Give its folder, {path.parent}, with the config.json"
             raise Unsupported("a safetensors file alone does not say what model it is", where=path, hint=hint)
-        self._file = GgufFile(path)
+        self.path, self._file = path, GgufFile(path)
         values = self._file.values
         if values.get("split.count", 0) not in (0, 1):
             hint = "Join the parts with llama-gguf-split --merge"

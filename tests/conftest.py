@@ -1,0 +1,142 @@
+"""Tiny random models of real transformers classes, and real tokenizers, for every test that needs a model on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowbit.checkpoint import resolve
+from lowbit.errors import NotFound
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TINY_LLAMA: dict[str, Any] = {
+    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+TINY_GEMMA3: dict[str, Any] = {
+    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 7, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16,
+    "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def byte_tokenizer() -> dict[str, Any]:
+    """A tokenizer.json of 3 special tokens, 256 bytes and a few merges, split as SmolLM's."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in visible]
+    characters = {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(rest)}
+    merges = [["Ġ", "t"], ["h", "e"], ["Ġt", "he"], ["i", "n"], ["Ġ", "a"], ["e", "r"], ["in", "g"]]
+    words = [*SPECIAL, *(characters[b] for b in range(256)), *("".join(m) for m in merges)]
+    added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    digits = {"type": "Digits", "individual_digits": True}
+    return {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [{"id": i, "content": word, **added} for i, word in enumerate(SPECIAL)],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits, byte_level]},
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
+            "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+            "vocab": {word: i for i, word in enumerate(words)}, "merges": merges,
+        },
+    }  # fmt: skip
+
+
+def save_tiny(folder: Path, config: Any, *, tokenizer: bool = True) -> Any:
+    """Saves a random model of ``config``'s class, norms and biases random too, and returns it, float32, in eval."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+            else:
+                parameter.copy_(torch.randn_like(parameter) * 0.15)
+    model.save_pretrained(folder)
+    if tokenizer:
+        (folder / "tokenizer.json").write_text(json.dumps(byte_tokenizer()), encoding="utf-8")
+        names = {"bos_token": SPECIAL[1], "eos_token": SPECIAL[2], "pad_token": SPECIAL[2], "unk_token": SPECIAL[0]}
+        template = {"chat_template": "{{ messages[0]['content'] }}"}
+        settings = names | template | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return model
+
+
+@pytest.fixture(scope="session")
+def save_tiny_llama() -> Callable[..., Any]:
+    """save_tiny_llama(folder, tokenizer=True, **changes) saves one anywhere and gives the model."""
+
+    def save(folder: Path, *, tokenizer: bool = True, **changes: Any) -> Any:
+        from transformers import LlamaConfig
+
+        return save_tiny(folder, LlamaConfig(**TINY_LLAMA | changes), tokenizer=tokenizer)
+
+    return save
+
+
+@pytest.fixture
+def tiny_llama(tmp_path: Path) -> Callable[..., Path]:
+    """tiny_llama(**changes) saves a tiny LlamaForCausalLM with a tokenizer and gives its folder."""
+
+    def make(**changes: Any) -> Path:
+        from transformers import LlamaConfig
+
+        save_tiny(tmp_path / "llama", LlamaConfig(**TINY_LLAMA | changes))
+        return tmp_path / "llama"
+
+    return make
+
+
+@pytest.fixture
+def tiny_gemma3(tmp_path: Path) -> Callable[..., Path]:
+    """tiny_gemma3(**changes) saves a tiny Gemma3ForCausalLM with a tokenizer and gives its folder."""
+
+    def make(**changes: Any) -> Path:
+        from transformers import Gemma3TextConfig
+
+        save_tiny(tmp_path / "gemma3", Gemma3TextConfig(**TINY_GEMMA3 | changes))
+        return tmp_path / "gemma3"
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def packaged_gguf() -> Callable[[str], Path]:
+    """packaged_gguf(name): the packaged model's GGUF; skips the test where its package is not installed."""
+
+    def find(name: str) -> Path:
+        try:
+            return resolve(name)
+        except NotFound as error:
+            pytest.skip(str(error))
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def real_tokenizer(
+    tmp_path_factory: pytest.TempPathFactory, packaged_gguf: Callable[[str], Path]
+) -> Callable[[str], Path]:
+    """real_tokenizer(name): a folder with the packaged model's tokenizer as transformers saves it."""
+
+    def make(name: str) -> Path:
+        folder = tmp_path_factory.getbasetemp() / f"tokenizer-{name}"
+        if not folder.exists():
+            from transformers import AutoTokenizer
+
+            gguf = packaged_gguf(name)
+            AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+        return folder
+
+    return make
