@@ -22,7 +22,7 @@ from lowbit.errors import BadFile, CannotWrite, NotFound, Unsupported
 
 
 def trained(checkpoint: Checkpoint, recipe: str = "q4_0") -> Iterator[Tensor]:
-    """A checkpoint as training leaves it: on the recipe's grids, with scales that rounding its values does not find again."""
+    """As training leaves it: on the recipe's grids, with scales that rounding its values does not find again."""
     from lowbit import recipe as recipes
 
     rng = np.random.default_rng(0)

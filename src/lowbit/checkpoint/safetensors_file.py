@@ -7,6 +7,7 @@ are compared with the file's before anything is allocated.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import struct
@@ -261,8 +262,6 @@ def write_files(
     fill: Callable[[dict[str, SafetensorsWriter]], None],
 ) -> None:
     """Opens a writer for each of ``paths``, lets ``fill`` add tensors, and puts all files in place when whole."""
-    import contextlib
-
     names = tuple(names)
     with contextlib.ExitStack() as stack:
         writers = {}

@@ -64,16 +64,13 @@ def write_checkpoint(folder: str | Path, like: Checkpoint, tensors: Iterable[Ten
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MANIFEST).unlink(missing_ok=True)
         write_files({"values": folder / "model.safetensors", "blocks": folder / BLOCKS}, like.names, fill)
-        write_json(folder / "config.json", {**like.config, "dtype": "float32"} | _without_torch_dtype(like.config))
+        config = {key: value for key, value in like.config.items() if key != "torch_dtype"}  # dtype's old spelling
+        write_json(folder / "config.json", config | {"dtype": "float32"})
         _copy_tokenizer(folder, like)
         write_json(folder / MANIFEST, manifest)
     except OSError as error:
         raise cannot_write(folder, error) from error
     return folder
-
-
-def _without_torch_dtype(config: dict[str, Any]) -> dict[str, Any]:
-    return {"torch_dtype": "float32"} if "torch_dtype" in config else {}
 
 
 def _source(like: Checkpoint) -> dict[str, Any]:
