@@ -62,7 +62,7 @@ def _load(module_name: str, name: str) -> Grid:
             raise BadFile(f"a grid needs the class variable {variable}", where=where, expected=kind.__name__)
     if grid.name != name:
         raise BadFile("a grid's name is its file's", where=where, found=grid.name, expected=name)
-    if grid.has_scales and not grid.min_code < 0 < grid.max_code <= 127:
+    if grid.max_code and not grid.min_code < 0 < grid.max_code <= 127:
         found = f"{grid.min_code}..{grid.max_code}"
         raise BadFile("a grid's codes run from below to above zero", where=where, found=found)
     return grid

@@ -50,11 +50,11 @@ def as_rows(x: Array) -> Array:
     return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
 
 
-def take(x: Array, index: Array) -> Array:
-    """(n, k), (n) -> (n): in each row the element at ``index``."""
-    if isinstance(x, np.ndarray):
-        return np.take_along_axis(x, index[:, None], -1)[:, 0]
-    return x.gather(-1, index[:, None])[:, 0]
+def first_extreme(x: Array) -> Array:
+    """(..., k) -> (...): the first element of largest magnitude, with its sign."""
+    index = abs(x).argmax(-1)[..., None]
+    found = np.take_along_axis(x, index, -1) if isinstance(x, np.ndarray) else x.gather(-1, index)
+    return found[..., 0]
 
 
 def inverse_of(d: Array) -> Array:

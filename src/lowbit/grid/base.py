@@ -26,10 +26,12 @@ class Blocks:
     codes:  (..., n_blocks, block_size) int8, signed (Q4_0: -8..7, Q8_0: -127..127);
             for the float formats (..., n) in the stored dtype's bits (float16, uint16 for BF16, float32).
     scales: (..., n_blocks) float16, or None for the float formats.
+    sub_scales: (..., n_blocks, n_sub) int8 where a block has scales of its parts (Q6_K), else None.
     """
 
     codes: Array
     scales: Array | None = None
+    sub_scales: Array | None = None
 
 
 def namespace(x: Array) -> Any:

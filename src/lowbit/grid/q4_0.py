@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lowbit.grid._array import ScaledGrid, as_blocks, as_rows, cast, extremes, inverse_of, raw_blocks, take
+from lowbit.grid._array import ScaledGrid, as_blocks, as_rows, cast, extremes, first_extreme, inverse_of, raw_blocks
 from lowbit.grid.base import Array, Blocks, namespace
 
 
@@ -60,8 +60,7 @@ def _signed_extreme(xp: Array, blocks: Array) -> Array:
     extreme = xp.where(-low > high, low, high)
     tied = -low == high
     if tied.any():  # both signs reach the magnitude: the first of them counts; rare, so the search pays only here
-        candidates = blocks[tied]  # (n_tied, 32)
-        extreme[tied] = take(candidates, xp.argmax(abs(candidates), -1)) + 0.0  # a block of zeros: never -0.0
+        extreme[tied] = first_extreme(blocks[tied]) + 0.0  # a block of zeros: never -0.0
     return extreme
 
 

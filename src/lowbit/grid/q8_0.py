@@ -23,7 +23,9 @@ class Q8_0(ScaledGrid):
         xp = namespace(x)
         blocks = as_blocks(x, self.block_size)  # (..., n_blocks, 32)
         low, high = extremes(blocks)
-        d = abs(xp.maximum(-low, high)) / 127.0  # (..., n_blocks) float32
+        magnitude = abs(xp.maximum(-low, high))
+        # By an array: some torch backends divide by a number as a product with its inverse.
+        d = magnitude / xp.full_like(magnitude, 127.0)  # (..., n_blocks) float32
         inverse = inverse_of(d)
         inverse[xp.isinf(inverse)] = 0.0  # a block this close to zero: ggml's cast of Inf and NaN to int8 gives 0
         q = blocks * inverse[..., None]

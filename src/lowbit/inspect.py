@@ -1,0 +1,161 @@
+"""What is in a file or folder: architecture, tensors, types, bits per weight, and whether it lies on a lowbit grid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lowbit.checkpoint import Checkpoint, open_checkpoint, resolve
+from lowbit.checkpoint.gguf_file import GgufFile
+from lowbit.checkpoint.model import FORMAT, MANIFEST, read_json
+from lowbit.checkpoint.safetensors_file import Entry, open_folder, read_header
+from lowbit.errors import BadConfig, BadFile, LowbitError, NotFound
+from lowbit.units import bits_per_weight
+from lowbit.verbs import make_callable
+
+# What is shown of the size of a model: our name, GGUF's key after the architecture, config.json's.
+_DIMENSIONS = (
+    ("layers", "block_count", "num_hidden_layers"),
+    ("hidden_size", "embedding_length", "hidden_size"),
+    ("context_length", "context_length", "max_position_embeddings"),
+)
+
+
+def inspect(model: str | Path) -> dict[str, Any]:
+    """What ``model`` is: a GGUF of any architecture, a .safetensors file, a Hugging Face folder, a hub id or a name.
+
+    The result is JSON as it stands:
+      path, kind ('gguf' or 'safetensors'), architecture (GGUF's word, 'llama'), name, license, tied;
+      tensors: [{name, shape (row-major), dtype, bytes, and grid where the tensor has lowbit codes and scales}];
+      types: {dtype: {count, weights, bytes}}; grids: {grid: tensors} of a checkpoint that lowbit trained;
+      weights, size_bytes (of the files with the tensors), bits_per_weight (the tensors' bytes only; None where
+      another tool has packed several weights into one stored integer);
+      layers, hidden_size, context_length, quantization as far as the file says;
+      problem: why lowbit cannot work with it, or None.
+    Raises NotFound, and BadFile where the file is truncated or its parts contradict each other.
+    """
+    path = resolve(model)
+    try:
+        if path.is_dir():
+            found, entries = _folder(path)
+        elif path.suffix == ".safetensors":
+            found, entries = _safetensors(path)
+        else:
+            found, entries = _gguf(path)
+    except OSError as error:
+        raise NotFound(f"cannot read: {error.strerror or error}", where=error.filename or path) from error
+    found = {"path": str(path)} | found | {"problem": None}
+    grids: Mapping[str, str] = found.pop("_grids", {})
+    try:
+        with open_checkpoint(path) as checkpoint:
+            _add_checkpoint(found, checkpoint)
+    except LowbitError as error:
+        found["problem"] = _utf8(str(error))
+    return found | _summary(entries, grids, countable=found["quantization"] is None)
+
+
+def _gguf(path: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
+    file = GgufFile(path)
+    values, entries = file.values, file.entries
+    architecture = _text(values.get("general.architecture"))
+    found: dict[str, Any] = {
+        "kind": "gguf",
+        "architecture": architecture,
+        "name": _text(values.get("general.name")) or path.stem,
+        "license": _text(values.get("general.license")),
+        "tied": "token_embd.weight" in entries and "output.weight" not in entries,
+        "size_bytes": path.stat().st_size,
+        "quantization": None,
+    }
+    return found | {ours: _size(values.get(f"{architecture}.{key}")) for ours, key, _ in _DIMENSIONS}, entries
+
+
+def _safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
+    entries, _ = read_header(path)
+    nothing = dict.fromkeys(("architecture", "license", "tied", "quantization", *(d[0] for d in _DIMENSIONS)))
+    return {"kind": "safetensors", "name": path.stem, "size_bytes": path.stat().st_size, **nothing}, entries
+
+
+def _folder(path: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
+    config = read_json(path / "config.json", BadConfig)
+    files = open_folder(path)
+    text_config = config.get("text_config")
+    text = text_config if isinstance(text_config, dict) else config
+    quantization = config.get("quantization_config")
+    method = quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else None
+    found: dict[str, Any] = {
+        "kind": "safetensors",
+        "architecture": _text(config.get("model_type")),
+        "name": path.resolve().name,
+        "license": None,
+        "tied": text["tie_word_embeddings"] if isinstance(text.get("tie_word_embeddings"), bool) else None,
+        "size_bytes": sum(file.stat().st_size for file in {file.path for file in files.values()}),
+        "quantization": str(method) if method is not None else None,
+        "_grids": _trained_grids(path),
+    }
+    found |= {ours: _size(text.get(key)) for ours, _, key in _DIMENSIONS}
+    return found, {name: file.entries[name] for name, file in files.items()}
+
+
+def _trained_grids(folder: Path) -> dict[str, str]:
+    """Tensor name -> grid of a checkpoint that lowbit trained; empty for another folder."""
+    if not (folder / MANIFEST).exists():
+        return {}
+    manifest = read_json(folder / MANIFEST, BadFile)
+    tensors = manifest.get("tensors")
+    if manifest.get("format") != FORMAT or not isinstance(tensors, dict):
+        return {}
+    grids = {name: entry.get("grid") for name, entry in tensors.items() if isinstance(entry, dict)}
+    return {name: grid for name, grid in grids.items() if isinstance(grid, str)}
+
+
+def _add_checkpoint(found: dict[str, Any], checkpoint: Checkpoint) -> None:
+    """What only a family knows: it names the architecture, and whether the head is the embedding."""
+    found["architecture"] = checkpoint.family.arch
+    found["name"], found["license"] = _utf8(checkpoint.name), _text(checkpoint.license)
+    found["tied"] = checkpoint.tied
+
+
+def _summary(entries: Mapping[str, Entry], grids: Mapping[str, str], *, countable: bool) -> dict[str, Any]:
+    tensors = []
+    types: dict[str, dict[str, int]] = {}
+    for name, entry in entries.items():
+        tensor = {"name": _utf8(name), "shape": list(entry.shape), "dtype": entry.dtype, "bytes": entry.n_bytes}
+        tensors.append(tensor | ({"grid": grids[name]} if name in grids else {}))
+        of_type = types.setdefault(entry.dtype, {"count": 0, "weights": 0, "bytes": 0})
+        for key, amount in (("count", 1), ("weights", math.prod(entry.shape)), ("bytes", entry.n_bytes)):
+            of_type[key] += amount
+    weights = sum(of_type["weights"] for of_type in types.values())
+    n_bytes = sum(of_type["bytes"] for of_type in types.values())
+    return {
+        "weights": weights if countable else None,
+        "bits_per_weight": bits_per_weight(n_bytes, weights) if countable else None,
+        "types": types,
+        "grids": _counts(grids.values()),
+        "tensors": tensors,
+    }
+
+
+def _counts(items: Iterable[str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for item in items:
+        counts[item] = counts.get(item, 0) + 1
+    return counts
+
+
+def _size(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _text(value: object) -> str | None:
+    return _utf8(value) if isinstance(value, str) and value else None
+
+
+def _utf8(text: str) -> str:
+    """A GGUF's strings keep bytes that are not UTF-8; JSON cannot."""
+    return text.encode("utf-8", "replace").decode()
+
+
+make_callable(__name__)
