@@ -1,0 +1,128 @@
+"""Calibrated rounding: where each weight goes on its grid, given what the model's inputs look like.
+
+Two steps for each matrix. ``search_scales`` tries scales of both signs for each block, each refitted by least squares,
+and keeps the one with the smallest error weighted by the mean square of each input (what llama.cpp's imatrix holds).
+``compensate`` then rounds column by column and moves the error of each column onto those not yet rounded, by the
+inverse of the inputs' second moments (GPTQ, Frantar et al. 2023), on the scales that the search found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from lowbit.grid.base import Grid
+
+# Where the extreme weight of a block may land, in codes: beyond the range it is clipped, inside it the range is unused.
+_REACHES = (5.0, 5.5, 6.0, 6.5, 7.0, 7.25, 7.5, 7.75, 8.0, 8.5, 9.0)
+_COLUMNS = 64  # columns rounded before the rest of the matrix is told of their error
+
+
+class InputMoments:
+    """Second moments of the inputs of chosen linear layers, gathered by hooks while the model runs.
+
+    Modules that are fed the same tensor (query, key and value; gate and up) share one matrix.
+    """
+
+    def __init__(self, modules: dict[str, nn.Linear]) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._share: dict[str, str] = {}
+        self._counts: dict[str, int] = {}
+        self._last: tuple[int, torch.Tensor, str] | None = None
+        self._handles = [module.register_forward_pre_hook(self._hook(name)) for name, module in modules.items()]
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def gather(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            x = inputs[0].detach()
+            if self._last is not None and self._last[1] is x:
+                self._share.setdefault(name, self._last[2])
+                return
+            self._last = (id(x), x, name)
+            rows = x.reshape(-1, x.shape[-1])
+            with torch.autocast(x.device.type, enabled=False):
+                rows = rows.float()
+                if name in self._sums:
+                    self._sums[name].addmm_(rows.T, rows)
+                else:
+                    self._sums[name] = rows.T @ rows
+            self._counts[name] = self._counts.get(name, 0) + len(rows)
+
+        return gather
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._last = None
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """Mean of x x^T over the positions seen: (n, n) float32."""
+        name = self._share.get(name, name)
+        return self._sums[name] / self._counts[name]
+
+    def groups(self) -> Iterator[list[str]]:
+        """Names of modules that share their input, group by group, in order of execution."""
+        for leader in self._sums:
+            yield [leader, *(name for name, shared in self._share.items() if shared == leader)]
+
+
+@torch.no_grad()
+def search_scales(weight: torch.Tensor, importance: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """The best float16 scale of each block by error weighted with ``importance``.
+
+    weight: (rows, n) float32. importance: (n,) float32, the mean square of each input. Returns (rows, n / block_size)
+    float16; a scale may be negative, for the code range has one more value below zero than above.
+    """
+    blocks = weight.reshape(weight.shape[0], -1, grid.block_size)  # (rows, n_blocks, block_size)
+    weighted = importance.reshape(1, -1, grid.block_size)
+    largest = blocks.abs().amax(-1)
+    least = torch.full_like(largest, torch.inf)
+    best = torch.zeros_like(largest, dtype=torch.float16)
+    reaches = [reach * grid.min_code / -8 for reach in _REACHES]
+    for sign in (1.0, -1.0):
+        for reach in reaches:
+            scales = (largest * (sign / reach)).half()
+            codes = grid.encode(weight, scales).codes.float()
+            weighted_codes = codes * weighted
+            norm = (weighted_codes * codes).sum(-1)
+            fitted = torch.where(norm > 0, (weighted_codes * blocks).sum(-1) / norm, scales.float())
+            scales = fitted.half()
+            values = grid.nearest_values(weight, scales).view_as(blocks)
+            error = values.sub_(blocks).square_().mul_(weighted).sum(-1)
+            better = error < least
+            least = torch.where(better, error, least)
+            best = torch.where(better & torch.isfinite(scales), scales, best)
+    return best
+
+
+@torch.no_grad()
+def compensate(
+    weight: torch.Tensor, scales: torch.Tensor, moments: torch.Tensor, grid: Grid, damping: float
+) -> torch.Tensor:
+    """Weights (rows, n) float32 whose nearest codes on ``scales`` are GPTQ's.
+
+    scales: (rows, n / block_size) float16. moments: (n, n) float32. damping: part of the mean diagonal that is added
+    to the diagonal. What comes back is each weight with the error of the columns before it moved onto it.
+    """
+    n = weight.shape[1]
+    damped = moments.clone()
+    damped.diagonal().add_(damping * moments.diagonal().mean().clamp_min(1e-12))
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    d = scales.float()
+    inverse = grid.inverse(scales)
+    rest = weight.clone()
+    moved = torch.empty_like(weight)
+    for start in range(0, n, _COLUMNS):
+        end = min(n, start + _COLUMNS)
+        columns = rest[:, start:end].T.contiguous()  # (columns, rows)
+        errors = torch.empty_like(columns)
+        local = upper[start:end, start:end]
+        for c in range(end - start):
+            block = (start + c) // grid.block_size
+            values = (columns[c] * inverse[:, block]).round_().clamp_(grid.min_code, grid.max_code).mul_(d[:, block])
+            moved[:, start + c] = columns[c]
+            errors[c] = (columns[c] - values) / local[c, c]
+            columns[c + 1 :].addr_(local[c, c + 1 :], errors[c], alpha=-1)
+        rest[:, end:].addmm_(errors.T, upper[start:end, end:], alpha=-1)
+    return moved

@@ -1,0 +1,228 @@
+"""lowbit's own loop: a Hugging Face Trainer with the distillation loss, a schedule by the clock, and small checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import IterableDataset
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+
+from lowbit import console
+from lowbit.train.loss import distillation_loss
+from lowbit.train.options import TrainOptions
+from lowbit.train.precision import autocast
+from lowbit.train.reference import ReferenceCache
+from lowbit.units import format_duration
+
+_LOWEST = 0.05  # of the peak learning rate, where the cosine ends
+_WEIGHTS = "trained.safetensors"
+_WHOLE = "whole"  # marks a checkpoint folder that was written to its end
+_SAVE_EVERY = 60.0  # seconds between checkpoints, at least
+_STEPS_WITHOUT_LIMIT = 10_000_000
+
+
+class Schedule:
+    """How far distillation has come, by the clock or by steps, and the learning rate that follows from it.
+
+    seconds: what distillation may take, all its processes together; spent: what earlier ones took.
+    """
+
+    def __init__(self, options: TrainOptions, seconds: float, spent: float) -> None:
+        self.options, self.seconds, self.spent = options, seconds, spent
+        self._start = time.monotonic()
+        self.step = 0
+
+    def elapsed(self) -> float:
+        return self.spent + time.monotonic() - self._start
+
+    def fraction(self) -> float:
+        if self.options.steps is not None:
+            return min(1.0, self.step / self.options.steps)
+        return min(1.0, self.elapsed() / self.seconds) if self.seconds > 0 else 1.0
+
+    def factor(self, step: int) -> float:
+        """Linear warm-up, then a cosine down to a twentieth."""
+        self.step = step
+        warm = min(1.0, (step + 1) / max(1, self.options.warmup_steps))
+        return warm * (_LOWEST + (1 - _LOWEST) * 0.5 * (1 + math.cos(math.pi * self.fraction())))
+
+    def time_left(self) -> float:
+        fraction = self.fraction()
+        if self.options.steps is None:
+            return max(0.0, self.seconds - self.elapsed())
+        return self.elapsed() * (1 - fraction) / fraction if fraction else 0.0
+
+
+class SequenceOrder(IterableDataset):  # type: ignore[type-arg]
+    """Sequences in a seeded random order, every one once before any comes again; endless.
+
+    Trainer skips what a resumed run has seen already.
+    """
+
+    def __init__(self, sequences: np.ndarray, seed: int) -> None:
+        self.sequences, self.seed = sequences, seed
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        order = np.random.default_rng(self.seed)
+        while True:
+            for row in order.permutation(len(self.sequences)):
+                tokens = torch.from_numpy(self.sequences[row].astype(np.int64))
+                yield {"input_ids": tokens, "row": torch.tensor(int(row))}
+
+
+class DistillationTrainer(Trainer):
+    """Trains a prepared model towards a ReferenceCache. Saves what it trains, not what can be made again."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        options: TrainOptions,
+        sequences: np.ndarray,
+        cache: ReferenceCache,
+        reference_head: torch.Tensor,
+        dtype: torch.dtype,
+        schedule: Schedule,
+        folder: Path,
+    ) -> None:
+        self.options, self.cache, self.dtype, self.schedule = options, cache, dtype, schedule
+        self.reference_head, self._head = reference_head, None
+        self.recent: float | None = None
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            per_device_train_batch_size=options.batch_size,
+            gradient_accumulation_steps=options.accumulate,
+            max_steps=options.steps or _STEPS_WITHOUT_LIMIT,
+            learning_rate=options.peak_learning_rate,
+            optim="adamw_torch_fused",
+            adam_beta2=0.95,
+            weight_decay=0.0,
+            max_grad_norm=options.clip,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            use_cpu=next(model.parameters()).device.type == "cpu",
+            seed=options.seed,
+        )
+        super().__init__(model, arguments, train_dataset=SequenceOrder(sequences, options.seed))
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+        self.add_callback(_Clock(self))
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **_: Any
+    ) -> torch.Tensor:
+        tokens = inputs["input_ids"]
+        with autocast(tokens.device, self.dtype):
+            hidden = model.model(tokens, use_cache=False).last_hidden_state
+        targets = self.cache.targets(inputs["row"], self.reference_head)
+        loss = distillation_loss(hidden.flatten(0, 1).float(), self._student_head(model), targets)
+        value = float(loss.detach())
+        self.recent = value if self.recent is None else 0.9 * self.recent + 0.1 * value
+        return loss
+
+    def _student_head(self, model: Any) -> torch.Tensor:
+        """The output head's values as the file will hold them, in the products' dtype; made once if it does not move."""
+        if self._head is None:
+            weight = model.get_output_embeddings().weight
+            if weight.requires_grad:
+                return weight.to(self.dtype)
+            self._head = weight.to(self.dtype)
+        return self._head
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.schedule.factor)
+        return self.lr_scheduler
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Only what is trained: rounding, norms and embedding that stay as they were are not written again."""
+        folder = Path(output_dir or self.args.output_dir or ".")
+        folder.mkdir(parents=True, exist_ok=True)
+        trained = {name: p.detach().contiguous() for name, p in self.model.named_parameters() if p.requires_grad}
+        safetensors.torch.save_file(trained, folder / _WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        saved = safetensors.torch.load_file(Path(resume_from_checkpoint) / _WEIGHTS)
+        parameters = dict((model or self.model).named_parameters())
+        with torch.no_grad():
+            for name, values in saved.items():
+                parameters[name].copy_(values)
+
+
+class _Clock(TrainerCallback):  # type: ignore[misc]
+    """Stops at the end of the budget, saves now and then, keeps the curve and moves the progress bar."""
+
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self.trainer = trainer
+        self._saved = time.monotonic()
+        self._noted = 0.0
+        self.bar = console.Progress()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        schedule = self.trainer.schedule
+        # The scheduler has counted this step already; ask the clock at the step that just ended.
+        schedule.step = state.global_step
+        fraction, elapsed = schedule.fraction(), schedule.elapsed()
+        if fraction >= self._noted or state.global_step <= 2:
+            self._noted = fraction + 0.01
+            state.log_history.append({
+                "step": state.global_step,
+                "seconds": round(elapsed, 2),
+                "loss": round(self.trainer.recent or 0.0, 5),
+                "lr": self.trainer.lr_scheduler.get_last_lr()[0],
+            })
+        note = f"KLD {self.trainer.recent or 0:.4f}, {format_duration(schedule.time_left())} left"
+        self.bar.update(fraction, note)
+        if fraction >= 1:
+            control.should_training_stop = True
+        elif time.monotonic() - self._saved > max(_SAVE_EVERY, schedule.seconds / 20):
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        (folder / _WHOLE).write_text(json.dumps({"seconds": self.trainer.schedule.elapsed()}))
+        for older in folder.parent.glob("checkpoint-*"):
+            if older != folder:
+                shutil.rmtree(older, ignore_errors=True)
+        self._saved = time.monotonic()
+
+
+def latest_checkpoint(folder: Path) -> tuple[Path, float] | None:
+    """The newest whole checkpoint and the seconds of distillation behind it; broken ones are removed."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    whole = None
+    for path in found:
+        if whole is None and (path / _WHOLE).exists():
+            whole = path, float(json.loads((path / _WHOLE).read_text())["seconds"])
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+    return whole
+
+
+def distil(
+    make_trainer: Callable[[Schedule], DistillationTrainer], options: TrainOptions, seconds: float, folder: Path
+) -> tuple[DistillationTrainer, list[dict[str, Any]]]:
+    """Trains until the budget is spent, going on from the newest checkpoint. Gives the trainer and its curve."""
+    checkpoint = latest_checkpoint(folder)
+    schedule = Schedule(options, seconds, checkpoint[1] if checkpoint else 0.0)
+    trainer = make_trainer(schedule)
+    with console.progress("Distilling", 1.0) as bar:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, _Clock):
+                callback.bar = bar
+        trainer.train(resume_from_checkpoint=str(checkpoint[0]) if checkpoint else None)
+    return trainer, [entry for entry in trainer.state.log_history if "seconds" in entry and "loss" in entry]

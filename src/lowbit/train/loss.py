@@ -1,0 +1,101 @@
+"""Distillation losses: the Kullback-Leibler divergence of the student from the reference, in nats a token.
+
+The vocabulary is large and the batch is not, so logits are made, compared and dropped a few positions at a time; the
+gradient is known in closed form (softmax of the student minus probabilities of the reference).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+# Positions whose logits are held at once: two float32 rows a position of a 50k vocabulary stay in a 32 MB cache.
+_POSITIONS = 64
+
+
+class _Distillation(torch.autograd.Function):
+    """mean over positions of KL(reference || student), differentiable by the student's hidden states and head."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, reference: Any) -> torch.Tensor:
+        n = len(hidden)
+        for_hidden = torch.empty_like(hidden)
+        for_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        product = head.dtype
+        total = hidden.new_zeros((), dtype=torch.float64)
+        for start in range(0, n, _POSITIONS):
+            part = slice(start, start + _POSITIONS)
+            h = hidden[part].to(product)
+            log_q = F.log_softmax((h @ head.T).float(), dim=-1)  # (positions, vocabulary)
+            divergence, slope = reference.compare(part, log_q)  # slope: d divergence / d logits
+            total += divergence.sum(dtype=torch.float64)
+            slope = slope.to(product)
+            for_hidden[part] = (slope @ head).to(hidden.dtype)
+            if for_head is not None:
+                for_head += (slope.T @ h).float()
+        for_hidden /= n
+        ctx.save_for_backward(for_hidden, for_head / n if for_head is not None else None)
+        return (total / n).float()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        for_hidden, for_head = ctx.saved_tensors
+        return for_hidden * gradients[0], None if for_head is None else for_head * gradients[0], None
+
+
+def distillation_loss(hidden: torch.Tensor, head: torch.Tensor, reference: HiddenTargets | TopKTargets) -> torch.Tensor:
+    """Mean KL(reference || student) in nats.
+
+    hidden: (n, width) float32, the student's final hidden states (after its last norm). head: (vocabulary, width), the
+    student's output head; its dtype is that of the products. reference: what to compare with at the same n positions.
+    """
+    return _Distillation.apply(hidden, head, reference)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class HiddenTargets:
+    """The reference's final hidden states (n, width) and its head (vocabulary, width): exact probabilities."""
+
+    def __init__(self, hidden: torch.Tensor, head: torch.Tensor) -> None:
+        self.hidden, self.head = hidden, head
+
+    def compare(self, part: slice, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        log_p = F.log_softmax((self.hidden[part].to(self.head.dtype) @ self.head.T).float(), dim=-1)
+        p = log_p.exp()
+        divergence = log_p.sub_(log_q).mul_(p).sum(-1)
+        return divergence, log_q.exp().sub_(p)
+
+
+class TopKTargets:
+    """The reference's k largest probabilities and, as one more outcome, the mass of all the rest.
+
+    tokens: (n, k) int64. log_p: (n, k) float32. The divergence is that of the k + 1 outcomes: a lower bound of the whole.
+    """
+
+    def __init__(self, tokens: torch.Tensor, log_p: torch.Tensor) -> None:
+        self.tokens, self.log_p = tokens, log_p
+
+    def compare(self, part: slice, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens, log_p = self.tokens[part], self.log_p[part].float()
+        log_q_top = log_q.gather(-1, tokens)
+        p, q_top = log_p.exp(), log_q_top.exp()
+        tiny = torch.finfo(torch.float32).tiny
+        tail_p = (1 - p.sum(-1)).clamp_min(tiny)
+        tail_q = (1 - q_top.sum(-1)).clamp_min(tiny)
+        divergence = (p * (log_p - log_q_top)).sum(-1) + tail_p * (tail_p.log() - tail_q.log())
+        # Through the softmax: q - p on the k tokens; on each of the rest q scaled to the reference's tail mass.
+        slope = log_q.exp() * (1 - tail_p / tail_q).unsqueeze(-1)
+        slope.scatter_(-1, tokens, q_top - p)
+        return divergence, slope
+
+
+def top_k_targets(hidden: torch.Tensor, head: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(n, width) hidden states -> (n, k) tokens int32 and (n, k) log probabilities float32 of the k likeliest."""
+    tokens, log_ps = [], []
+    for start in range(0, len(hidden), _POSITIONS):
+        log_p = F.log_softmax((hidden[start : start + _POSITIONS].to(head.dtype) @ head.T).float(), dim=-1)
+        top = log_p.topk(k, dim=-1)
+        tokens.append(top.indices.to(torch.int32))
+        log_ps.append(top.values)
+    return torch.cat(tokens), torch.cat(log_ps)

@@ -1,0 +1,84 @@
+"""From a checkpoint to a Hugging Face model and back, codes and scales included."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from lowbit.checkpoint import Checkpoint, Tensor, write_checkpoint
+from lowbit.grid.base import Blocks
+from lowbit.train.fake_quant import FakeQuantizer, master, quantized
+
+
+def load(checkpoint: Checkpoint) -> Any:
+    """The transformers model (float32, evaluation mode) of an open checkpoint, GGUF or folder."""
+    config = CONFIG_MAPPING[checkpoint.config["model_type"]](**checkpoint.config)
+    config._attn_implementation = "sdpa"
+    state = {name: torch.from_numpy(np.array(checkpoint.read(name))) for name in checkpoint.names}
+    if checkpoint.tied:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    with _quiet_transformers():
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.load_state_dict(state, strict=True, assign=True)
+        model.tie_weights()
+    return model.eval()
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The transformers tokenizer of a checkpoint."""
+    source = checkpoint.tokenizer_source
+    with _quiet_transformers():
+        if source.is_dir():
+            return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        return transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+
+
+def save(model: nn.Module, folder: str | Path, *, like: Checkpoint) -> Path:
+    """Writes a prepared model as a checkpoint folder: its values, and the codes and scales they came from.
+
+    like: the checkpoint that the model was loaded from; its config and tokenizer are carried over. ``lowbit pack`` then
+    copies the codes and scales as they are.
+    """
+    return write_checkpoint(folder, like, tensors(model, like))
+
+
+def tensors(model: nn.Module, like: Checkpoint) -> Iterator[Tensor]:
+    """Every tensor of ``like`` with the values that ``model`` computes with."""
+    wrapped = {name: (module, quantizer) for name, module, quantizer in quantized(model)}
+    plain = dict(model.named_parameters())
+    for name in like.names:
+        if name in wrapped:
+            yield _quantized_tensor(name, *wrapped[name])
+        else:
+            yield Tensor(name=name, values=plain[name].detach().float().cpu().numpy())
+
+
+def _quantized_tensor(name: str, module: nn.Module, quantizer: FakeQuantizer) -> Tensor:
+    grid = quantizer.grid
+    blocks = quantizer.blocks(master(module, name.rpartition(".")[2]))
+    stored = Blocks(
+        codes=blocks.codes.cpu().numpy(), scales=None if blocks.scales is None else blocks.scales.cpu().numpy()
+    )
+    return Tensor(name=name, values=grid.dequantize(stored), grid=grid.name, blocks=grid.pack(stored))
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Its progress bars and advice are not ours to show."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)

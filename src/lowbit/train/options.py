@@ -1,0 +1,81 @@
+"""What a user can choose about training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lowbit.errors import BadOption
+
+STARTS = ("calibrated", "nearest")
+PARAMETERS = ("full", "scales")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Options of ``lowbit train`` and of the training stage of ``lowbit ship``.
+
+    minutes:         wall-clock budget of sampling, calibration and distillation together
+    steps:           optimizer steps instead of a time budget for distillation (deterministic); None: by the clock
+    recipe:          which tensor goes on which grid ("q4_0", ...)
+    start:           "calibrated" (scale search, error compensation) or "nearest" (the format's plain rounding)
+    train:           "full" (weights, and norms) or "scales" (codes stay as the start left them)
+    data:            text file, JSONL, Parquet or datasets id; None: sampled from the model itself, filled up with
+                     the bundled text where the budget is too short to sample enough
+    targets:         "hidden" (the reference's final hidden states: exact probabilities) or "topk:K" (its K largest
+                     probabilities and the mass of the rest)
+    sequence_length: tokens a training sequence
+    batch_size:      sequences a forward pass
+    accumulate:      forward passes an optimizer step
+    learning_rate:   peak; None: 2e-4 for "full", 5e-5 for "scales"
+    warmup_steps:    optimizer steps of linear warm-up, before the cosine
+    clip:            gradient norm above which gradients are scaled down
+    precision:       "auto" (bfloat16 products where this machine is measurably faster with them), "float32", "bfloat16"
+    threads:         CPU threads; None: as torch chooses
+    seed:            of sampling, data order and everything else random
+    """
+
+    minutes: float = 10.0
+    steps: int | None = None
+    recipe: str = "q4_0"
+    start: str = "calibrated"
+    train: str = "full"
+    data: str | None = None
+    targets: str = "hidden"
+    sequence_length: int = 512
+    batch_size: int = 1
+    accumulate: int = 1
+    learning_rate: float | None = None
+    warmup_steps: int = 8
+    clip: float = 1.0
+    precision: str = "auto"
+    threads: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.minutes > 0:
+            raise BadOption("minutes must be above 0", found=self.minutes, hint="Try --minutes 10")
+        if self.steps is not None and self.steps < 1:
+            raise BadOption("steps must be 1 or more", found=self.steps)
+        for name, choices in (("start", STARTS), ("train", PARAMETERS), ("precision", PRECISIONS)):
+            if getattr(self, name) not in choices:
+                raise BadOption(f"unknown {name}", found=getattr(self, name), expected=" or ".join(choices))
+        for name in ("sequence_length", "batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise BadOption(f"{name} must be 1 or more", found=getattr(self, name))
+        if self.targets != "hidden" and self.top_k is None:
+            raise BadOption("unknown targets", found=self.targets, expected="hidden or topk:K, for example topk:64")
+
+    @property
+    def top_k(self) -> int | None:
+        """K of targets="topk:K", or None."""
+        name, _, count = self.targets.partition(":")
+        return int(count) if name == "topk" and count.isdigit() and int(count) > 0 else None
+
+    @property
+    def peak_learning_rate(self) -> float:
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 2e-4 if self.train == "full" else 5e-5
+
+
+PRECISIONS = ("auto", "float32", "bfloat16")

@@ -1,0 +1,94 @@
+"""The reference (teacher), run once: what it says at each position is kept on disk.
+
+Kept are its final hidden states, from which its head gives the exact probabilities, or its k likeliest tokens. Rows
+are computed in order and counted, so a run that was killed goes on at the row it had reached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lowbit.files import write_json
+from lowbit.train.loss import HiddenTargets, TopKTargets, top_k_targets
+from lowbit.train.precision import autocast
+
+
+class ReferenceCache:
+    """Targets for (n, length) token sequences, on disk in ``folder``.
+
+    hidden.npy: (n, length, width) float16, or tokens.npy (n, length, k) int32 and logp.npy (n, length, k) float32.
+    """
+
+    def __init__(self, folder: Path, n: int, length: int, width: int, top_k: int | None = None) -> None:
+        self.folder, self.n, self.top_k = folder, n, top_k
+        folder.mkdir(parents=True, exist_ok=True)
+        shapes = {"hidden": ((n, length, width), np.float16)}
+        if top_k is not None:
+            shapes = {"tokens": ((n, length, top_k), np.int32), "logp": ((n, length, top_k), np.float32)}
+        self.done = 0
+        if all((folder / f"{name}.npy").exists() for name in shapes) and (folder / "rows.json").exists():
+            self.done = int((folder / "rows.json").read_text())
+        self._arrays: dict[str, Any] = {}
+        for name, (shape, dtype) in shapes.items():
+            path = folder / f"{name}.npy"
+            if path.exists() and self.done:
+                self._arrays[name] = np.lib.format.open_memmap(path, mode="r+")
+            else:
+                self._arrays[name] = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+
+    @torch.no_grad()
+    def fill(
+        self,
+        model: Any,
+        sequences: np.ndarray,
+        dtype: torch.dtype,
+        *,
+        until: int | None = None,
+        batch: int = 4,
+        may_go_on: Callable[[int], bool] = lambda _: True,
+    ) -> int:
+        """Runs the reference over rows not yet done, up to row ``until``; stops where ``may_go_on(done)`` is false.
+
+        Returns the number of rows done.
+        """
+        until = self.n if until is None else until
+        device = next(model.parameters()).device
+        head = model.get_output_embeddings().weight
+        while self.done < until and may_go_on(self.done):
+            rows = slice(self.done, min(until, self.done + batch))
+            tokens = torch.from_numpy(sequences[rows].astype(np.int64)).to(device)
+            with autocast(device, dtype):
+                hidden = model.model(tokens, use_cache=False).last_hidden_state.float()
+            if self.top_k is None:
+                self._arrays["hidden"][rows] = hidden.half().cpu().numpy()
+            else:
+                top, log_p = top_k_targets(hidden.flatten(0, 1), head, self.top_k)
+                shape = (*tokens.shape, self.top_k)
+                self._arrays["tokens"][rows] = top.reshape(shape).cpu().numpy()
+                self._arrays["logp"][rows] = log_p.reshape(shape).cpu().numpy()
+            self.done = rows.stop
+            if self.done % (8 * batch) == 0 or self.done >= until:
+                self.flush()
+        self.flush()
+        return self.done
+
+    def flush(self) -> None:
+        for array in self._arrays.values():
+            array.flush()
+        write_json(self.folder / "rows.json", self.done)
+
+    def targets(self, rows: torch.Tensor, head: torch.Tensor) -> HiddenTargets | TopKTargets:
+        """What the reference says at all positions of ``rows``, one after the other."""
+        index = rows.cpu().numpy()
+        device = head.device
+        if self.top_k is None:
+            hidden = torch.from_numpy(self._arrays["hidden"][index]).to(device)
+            return HiddenTargets(hidden.flatten(0, 1), head)
+        tokens = torch.from_numpy(self._arrays["tokens"][index].astype(np.int64)).to(device)
+        log_p = torch.from_numpy(self._arrays["logp"][index]).to(device)
+        return TopKTargets(tokens.flatten(0, 1), log_p.flatten(0, 1))
