@@ -48,6 +48,13 @@ def read_text(path: str | os.PathLike[str], tokenizer: Tokenizer) -> Text:
     return Text(path=path, sha256=digest.hexdigest(), ids=np.concatenate(ids))
 
 
+def check_text(path: str | os.PathLike[str]) -> None:
+    """Raises NotFound or BadText where ``read_text`` would, without a model: before hours are spent."""
+    path = Path(path)
+    if not any(piece.strip() for piece in _decoded(path, hashlib.sha256())):
+        raise BadText("the text is empty", where=path)
+
+
 def _decoded(path: Path, digest: hashlib._Hash) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset = 0

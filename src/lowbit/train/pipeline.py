@@ -102,7 +102,7 @@ def train(
     with open_checkpoint(model) as checkpoint:
         recipe = recipes.get(options.recipe)
         recipe.assign(checkpoint)
-        ledger = Ledger.open(work / "ledger.json", _key(checkpoint, options))
+        ledger = Ledger.open(work / "ledger.json", run_key(checkpoint, options))
         run = _Run(checkpoint, options, ledger, work, out)
         if not ledger.done("export"):
             run.load(start)
@@ -112,7 +112,7 @@ def train(
         return TrainResult(out, work / "start", ledger.facts["record"])
 
 
-def _key(checkpoint: Checkpoint, options: TrainOptions) -> str:
+def run_key(checkpoint: Checkpoint, options: TrainOptions) -> str:
     """Names the run: the model and every option. The threads of a machine may change."""
     chosen = {**asdict(options), "threads": None}
     stat = [(p.name, p.stat().st_size) for p in _model_files(checkpoint.path)]
