@@ -7,13 +7,15 @@ checkpoint/ is the trained model as a Hugging Face folder, work/ what a killed r
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import platform
 import shlex
+import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from importlib import metadata, resources
 from pathlib import Path
@@ -27,9 +29,15 @@ from lowbit.errors import BadFile, BadOption
 from lowbit.inspect import inspect
 from lowbit.measure import MeasureOptions, measure
 from lowbit.measure.record import machine
-from lowbit.measure.text import check_text
+from lowbit.measure.text import check_text, chunks_of, read_text
 from lowbit.pack import pack
-from lowbit.report import report
+from lowbit.report import PAGE, RECORD, read_record, render, report
+from lowbit.run.llama_cpp import LlamaCpp
+
+try:
+    import fcntl
+except ImportError:  # Windows: there, two runs at once in one folder are not noticed
+    fcntl = None  # type: ignore[assignment]
 
 _FORMAT = "lowbit-run/1"
 _HELD_OUT_CHUNKS = 12
@@ -55,19 +63,23 @@ def ship(
     recipe = recipes.get(options.recipe)
     held_out = Path(text) if text is not None else Path(str(resources.files("lowbit").joinpath("data", "held-out.txt")))
     check_text(held_out)
+    if options.data is not None and Path(options.data).exists() and held_out.samefile(options.data):
+        raise BadOption("--text is held out, and --data is trained on", where=text, hint="Give two different texts")
     with open_checkpoint(model) as checkpoint:
         if not recipe.trained(checkpoint):
             hint = f"lowbit pack --recipe {recipe.name} makes the file"
             raise BadOption("this recipe has no low-bit weights to train", found=recipe.name, hint=hint)
         run = _Run(checkpoint, Path(out), options, str(model))
-        run.claim()
-        run.pack_baselines()
-        run.train()
-        run.pack_trained()
-        run.measure(held_out, speed, None if text is not None else _HELD_OUT_CHUNKS)
-        run.write_record()
-    report(run.out)
-    return run.record()
+        with run.claimed():
+            run.pack_baselines()
+            run.check_length(held_out)
+            run.train()
+            run.pack_trained()
+            run.measure(held_out, speed, None if text is not None else _HELD_OUT_CHUNKS)
+            run.write_record()
+            run.write_page()
+            run.tidy()
+    return read_record(run.out)
 
 
 class _Run:
@@ -82,19 +94,54 @@ class _Run:
         self.product = out / f"model-{options.recipe}.gguf"
         self.times = _Times(self.work / "times.json")
 
-    def claim(self) -> None:
-        """Marks the folder as this run's. Raises BadOption where it is another's."""
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Marks the folder as this run's and keeps others out. Raises BadOption where it is another's."""
         from lowbit.train.pipeline import run_key
 
         mark, key = self.work / "run.json", run_key(self.checkpoint, self.options)
-        if mark.exists():
-            if json.loads(mark.read_text(encoding="utf-8")) != key:
-                hint = "Choose another --out, or remove the folder to start again"
-                raise BadOption("the folder holds a run of another model or with other options", where=self.out, hint=hint)
-        elif self.product.exists():
-            raise BadOption("the folder holds a model already", where=self.product, hint="Choose another --out")
-        else:
-            files.write_json(mark, key)
+        begun = mark.exists()
+        if not begun:
+            self._refuse_what_is_there()
+        with _only_one(self.work / "lock"):
+            if begun and _read_json(mark) != key:
+                self._start_over()
+            if not mark.exists():
+                files.write_json(mark, key)
+            # A killed run could not remove what it was writing.
+            for left in self.out.rglob("*.partial"):
+                left.unlink(missing_ok=True)
+            yield
+
+    def _refuse_what_is_there(self) -> None:
+        """Files of our names that no run of ours made are not a stage done, and not ours to replace."""
+        names = (RECORD, PAGE, "checkpoint", *(path.name for path in self._ggufs()))
+        there = next((self.out / name for name in names if (self.out / name).exists()), None)
+        if there is not None:
+            raise BadOption("the folder holds this already, not from a run", where=there, hint="Choose another --out")
+
+    def _start_over(self) -> None:
+        """Lets another model or other options have the folder as long as no training has begun in it."""
+        ledger = self.work / "training" / "ledger.json"
+        if ledger.exists() and "data" in _read_json(ledger)["stages"]:
+            raise BadOption(
+                "the folder holds a run of another model or with other options",
+                where=self.out,
+                hint="Choose another --out, or remove the folder to start again",
+            )
+        for path in (*self._ggufs(), self.work / "run.json", self.times.path):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(ledger.parent, ignore_errors=True)
+        self.times.seconds.clear()
+
+    def _ggufs(self) -> tuple[Path, ...]:
+        return self.reference, self.naive, self.calibrated, self.product
+
+    def check_length(self, text: Path) -> None:
+        """Refuses a held-out text of less than a chunk now, not after the training."""
+        if not self.product.exists():
+            with LlamaCpp(self.reference, context=MeasureOptions().chunk, logits_all=False) as model:
+                chunks_of(read_text(text, model), chunk=MeasureOptions().chunk, limit=1, bos=None)
 
     def pack_baselines(self) -> None:
         """The reference, and what llama-quantize makes of it."""
@@ -105,12 +152,11 @@ class _Run:
         """Sampling, calibration and distillation, which keep a ledger of their own."""
         from lowbit.train import train
 
-        start = time.monotonic()
         self.trained = train(
             self.checkpoint.path, self.out / "checkpoint", options=self.options, work=self.work / "training"
         )
         if "train" not in self.times.seconds:
-            self.times.add("train", time.monotonic() - start)
+            self.times.add("train", sum(self.trained.record["stages"].values()))
 
     def pack_trained(self) -> None:
         """The start of training and its end, with the codes and scales that training left."""
@@ -122,24 +168,27 @@ class _Run:
 
     def measure(self, text: Path, speed: bool, chunks: int | None) -> None:
         """Every artifact in llama.cpp against the reference, on text that training never saw."""
-        artifacts = [path for path in (self.naive, self.calibrated, self.product) if path.exists()]
+        artifacts = [path for path in self._ggufs()[1:] if path.exists()]
         key = hashlib.sha256(f"{files.sha256(text)} {speed} {chunks} {self.options.threads}".encode()).hexdigest()[:16]
         path = self.work / f"measure-{key}.json"
         options = MeasureOptions(speed=speed, memory=speed, chunks=chunks, threads=self.options.threads)
         self._stage(
             "measure", path, lambda: measure(artifacts, against=self.reference, text=text, json=path, options=options)
         )
-        self.measured = json.loads(path.read_text(encoding="utf-8"))
+        self.measured = _read_json(path)
 
     def write_record(self) -> None:
-        """lowbit.json: what was made, from what, how, and what was measured."""
+        """lowbit.json: what was made, from what, how, and what was measured. One that says so already stays."""
+        record = self.out / RECORD
+        if record.exists() and _read_json(record).get("measure") == self.measured:
+            return
         measured, training = self.measured, dict(self.trained.record)
         by_role = {Path(a["path"]).name.partition("-")[0]: a for a in measured["artifacts"]}
         roles = {"nearest": "naive", "calibrated": "calibrated", "distilled": "model"}
         training["phases"] = [
             {**phase, "kld": by_role[roles[phase["name"]]]["fidelity"]["kld_mean"]} for phase in training["phases"]
         ]
-        files.write_json(self.out / "lowbit.json", {
+        files.write_json(record, {
             "format": _FORMAT,
             "lowbit": lowbit.__version__,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -155,8 +204,16 @@ class _Run:
             "measure": measured,
         })  # fmt: skip
 
-    def record(self) -> dict[str, Any]:
-        return dict(json.loads((self.out / "lowbit.json").read_text(encoding="utf-8")))
+    def write_page(self) -> None:
+        """report.html, where it is not there or a folder that was moved makes its commands wrong."""
+        page = self.out / PAGE
+        if not page.exists() or page.read_text(encoding="utf-8") != render(read_record(self.out), self.out):
+            report(self.out)
+
+    def tidy(self) -> None:
+        """Removes what only an unfinished training needs: the reference's states and the optimizer's."""
+        for name in ("reference", "trainer"):
+            shutil.rmtree(self.work / "training" / name, ignore_errors=True)
 
     def _described_model(self) -> dict[str, Any]:
         path = self.checkpoint.path
@@ -172,7 +229,7 @@ class _Run:
     def _described_files(self) -> dict[str, Any]:
         hashes = {Path(a["path"]).name: a["sha256"] for a in self.measured["artifacts"]}
         described = {}
-        for path in (self.reference, self.naive, self.calibrated, self.product):
+        for path in self._ggufs():
             if path.exists():
                 described[path.name] = {
                     "sha256": hashes.get(path.name) or files.sha256(path),
@@ -195,16 +252,36 @@ class _Times:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.seconds: dict[str, float] = {}
-        if path.exists():
-            try:
-                self.seconds = dict(json.loads(path.read_text(encoding="utf-8")))
-            except ValueError as error:
-                raise BadFile("not valid JSON", where=path, hint="Remove it and run again") from error
+        self.seconds: dict[str, float] = _read_json(path) if path.exists() else {}
 
     def add(self, name: str, seconds: float) -> None:
         self.seconds[name] = round(self.seconds.get(name, 0.0) + seconds, 3)
         files.write_json(self.path, self.seconds)
+
+
+@contextlib.contextmanager
+def _only_one(path: Path) -> Iterator[None]:
+    """Holds a lock that ends with the process, however it ends. Raises BadOption where another process has it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = open(path, "w")  # noqa: SIM115
+    except OSError as error:
+        raise files.cannot_write(path, error) from error
+    with handle:
+        if fcntl is not None:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                hint = "Wait for it, or choose another --out"
+                raise BadOption("another run is at work in this folder", where=path.parent.parent, hint=hint) from None
+        yield
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadFile("not valid JSON", where=path, hint="Remove it and run again") from error
 
 
 def _is_command_line() -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-NAMES = ("minutes", "recipe", "data", "seed", "threads", "start", "train")
+NAMES = ("minutes", "steps", "recipe", "data", "seed", "threads", "start", "train")
 
 
 def minutes(text: str) -> float:
@@ -34,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         default=10.0,
         help="the dial: sampling, calibration and training together (default: 10)",
+    )
+    group.add_argument(
+        "--steps",
+        type=positive,
+        metavar="N",
+        help="end distillation after N optimizer steps, however long they take (default: by --minutes)",
     )
     group.add_argument("--recipe", default="q4_0", help="which tensor goes on which grid (default: q4_0)")
     group.add_argument(
