@@ -264,7 +264,7 @@ def _only_one(path: Path) -> Iterator[None]:
     """Holds a lock that ends with the process, however it ends. Raises BadOption where another process has it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = open(path, "w")  # noqa: SIM115
+        handle = open(path, "a")  # noqa: SIM115
     except OSError as error:
         raise files.cannot_write(path, error) from error
     with handle:

@@ -20,8 +20,7 @@ def show(record: Mapping[str, Any], stream: IO[str]) -> None:
     """What ``ship`` prints when it is done: fidelity and cost of each file, then the phases."""
     console = _console(stream)
     seen = view.build(dict(record), Path())
-    if seen.artifacts:
-        console.print(_artifact_table(seen.artifacts))
+    _print_artifacts(console, seen.artifacts)
     if seen.phases:
         table = _table("phase", "KLD", "time", "tokens")
         for phase in seen.phases:
@@ -37,8 +36,7 @@ def show(record: Mapping[str, Any], stream: IO[str]) -> None:
 def show_measurement(measured: Mapping[str, Any], stream: IO[str]) -> None:
     """The table of `lowbit measure`; files appear under their names."""
     console = _console(stream)
-    artifacts = view.measured_artifacts(dict(measured))
-    console.print(_artifact_table(artifacts, by_file=True))
+    _print_artifacts(console, view.measured_artifacts(dict(measured)), by_file=True)
 
 
 def show_inspection(found: Mapping[str, Any], stream: IO[str]) -> None:
@@ -70,6 +68,20 @@ def _fact(key: str, value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
+def _print_artifacts(console: Console, artifacts: list[view.Artifact], *, by_file: bool = False) -> None:
+    """One table, or several below each other where the terminal is too narrow for all the columns."""
+    if not artifacts:
+        return
+    table = _artifact_table(artifacts, by_file=by_file)
+    whole = console.measure(table, options=console.options.update(width=1000)).maximum
+    if whole > console.width and len(artifacts) > 1:
+        half = (len(artifacts) + 1) // 2
+        _print_artifacts(console, artifacts[:half], by_file=by_file)
+        _print_artifacts(console, artifacts[half:], by_file=by_file)
+    else:
+        console.print(table)
+
+
 def _artifact_table(artifacts: list[view.Artifact], *, by_file: bool = False) -> Table:
     table = _table("", *(a.file if by_file else a.title for a in artifacts))
     for key, (name, _, _) in view.METRICS.items():
@@ -94,7 +106,7 @@ def _cell(figure: Figure | None) -> Text:
 
 def _table(first: str, *others: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, header_style="bold")
-    table.add_column(_plain(first))
+    table.add_column(_plain(first), no_wrap=bool(others[1:]))
     for name in others:
         table.add_column(_plain(name), justify="right", no_wrap=True)
     return table
@@ -106,4 +118,5 @@ def _plain(value: str) -> Text:
 
 
 def _console(stream: IO[str]) -> Console:
-    return Console(file=stream, highlight=False, markup=False)
+    # Where there is no terminal (a log), 80 columns would be a guess, and too narrow for four files.
+    return Console(file=stream, highlight=False, markup=False, width=None if stream.isatty() else 120)

@@ -13,7 +13,9 @@ try:
     import torch as _torch  # noqa: F401
     import transformers as _transformers  # noqa: F401
 except ImportError as error:
-    raise Unsupported("training needs torch and transformers", found=error, hint='pip install "lowbit[train]"') from None
+    raise Unsupported(
+        "training needs torch and transformers", found=error, hint='pip install "lowbit[train]"'
+    ) from None
 
 from lowbit.train.fake_quant import FakeQuantizer, prepare
 from lowbit.train.loss import HiddenTargets, TopKTargets, distillation_loss

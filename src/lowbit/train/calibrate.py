@@ -30,16 +30,17 @@ class InputMoments:
         self._sums: dict[str, torch.Tensor] = {}
         self._share: dict[str, str] = {}
         self._counts: dict[str, int] = {}
-        self._last: tuple[int, torch.Tensor, str] | None = None
+        self._last: tuple[torch.Tensor, str] | None = None
         self._handles = [module.register_forward_pre_hook(self._hook(name)) for name, module in modules.items()]
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def gather(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            x = inputs[0].detach()
-            if self._last is not None and self._last[1] is x:
-                self._share.setdefault(name, self._last[2])
+            x = inputs[0]
+            if self._last is not None and self._last[0] is x:
+                self._share.setdefault(name, self._last[1])
                 return
-            self._last = (id(x), x, name)
+            self._last = (x, name)
+            x = x.detach()
             rows = x.reshape(-1, x.shape[-1])
             with torch.autocast(x.device.type, enabled=False):
                 rows = rows.float()
@@ -76,9 +77,14 @@ def search_scales(weight: torch.Tensor, importance: torch.Tensor, grid: Grid) ->
     """
     blocks = weight.reshape(weight.shape[0], -1, grid.block_size)  # (rows, n_blocks, block_size)
     weighted = importance.reshape(1, -1, grid.block_size)
+
+    def error_of(scales: torch.Tensor) -> torch.Tensor:
+        values = grid.nearest_values(weight, scales).view_as(blocks)
+        return values.sub_(blocks).square_().mul_(weighted).sum(-1)
+
     largest = blocks.abs().amax(-1)
-    least = torch.full_like(largest, torch.inf)
-    best = torch.zeros_like(largest, dtype=torch.float16)
+    best: torch.Tensor = grid.quantize(weight).scales  # the format's own choice, so that no block ends up worse
+    least = error_of(best)
     reaches = [reach * grid.min_code / -8 for reach in _REACHES]
     for sign in (1.0, -1.0):
         for reach in reaches:
@@ -88,11 +94,10 @@ def search_scales(weight: torch.Tensor, importance: torch.Tensor, grid: Grid) ->
             norm = (weighted_codes * codes).sum(-1)
             fitted = torch.where(norm > 0, (weighted_codes * blocks).sum(-1) / norm, scales.float())
             scales = fitted.half()
-            values = grid.nearest_values(weight, scales).view_as(blocks)
-            error = values.sub_(blocks).square_().mul_(weighted).sum(-1)
-            better = error < least
+            error = error_of(scales)
+            better = (error < least) & torch.isfinite(scales)
             least = torch.where(better, error, least)
-            best = torch.where(better & torch.isfinite(scales), scales, best)
+            best = torch.where(better, scales, best)
     return best
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import lzma
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -37,27 +37,35 @@ def bundled_sequences(tokenizer: Any, length: int) -> np.ndarray:
     return np.concatenate([np.stack([s[:shortest] for s in each], axis=1).reshape(-1, length), *rest])
 
 
-def load_sequences(source: str, tokenizer: Any, length: int) -> np.ndarray:
+def load_sequences(source: str, tokenizer: Any, length: int, limit: int | None = None) -> np.ndarray:
     """The user's data as (n, length) int32.
 
     source: a text file, a JSONL file or Parquet file with a column ``text`` or ``messages``, or a datasets id.
-    Raises NotFound, BadText (empty, binary, wrong columns; with the line) or Unsupported.
+    limit: sequences after which no more is read. Raises NotFound, BadText (empty, binary, wrong columns; with the
+    line) or Unsupported.
     """
-    sequences = pack_sequences(tokenizer, _documents(source, tokenizer), length)
+    sequences = pack_sequences(tokenizer, _documents(source, tokenizer), length, limit)
     if not len(sequences):
         raise BadText("too little text to train on", where=source, expected=f"at least {length} tokens")
     return sequences
 
 
-def pack_sequences(tokenizer: Any, documents: Iterator[str] | list[str], length: int) -> np.ndarray:
-    """Documents end to end, each after the model's start token if it has one, cut into (n, length) int32."""
+def pack_sequences(tokenizer: Any, documents: Iterable[str], length: int, limit: int | None = None) -> np.ndarray:
+    """Documents end to end, each after the model's start token if it has one, cut into (n, length) int32.
+
+    limit: the most sequences wanted; documents beyond it are not read.
+    """
     start = start_token(tokenizer)
     tokens: list[int] = []
     for document in documents:
-        if start is not None:
+        of_document = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        if start is not None and of_document[:1] != [start]:  # a chat template may have put it there
             tokens.append(start)
-        tokens.extend(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
+        tokens.extend(of_document)
+        if limit is not None and len(tokens) >= limit * length:
+            break
     n = len(tokens) // length
+    n = n if limit is None else min(n, limit)
     return np.array(tokens[: n * length], dtype=np.int32).reshape(n, length)
 
 
@@ -103,7 +111,9 @@ def sample(model: Any, tokenizer: Any, length: int, seconds: float, seed: int) -
 
 def _prompts(tokenizer: Any, config: Any, batch: int) -> list[torch.Tensor]:
     """Prompts of equal length together: (n, prompt_length) int64 each."""
-    first = next((t for t in (start_token(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), 0)
+    first = next(
+        (t for t in (start_token(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), 0
+    )
     document = torch.full((batch, 1), first, dtype=torch.int64)
     if not getattr(tokenizer, "chat_template", None):
         return [document]
@@ -128,12 +138,12 @@ def _documents(source: str, tokenizer: Any) -> Iterator[str]:
         yield from _from_datasets(source, tokenizer)
         return
     suffix = path.suffix.lower()
+    if path.is_dir():
+        raise Unsupported("a folder is not a data set", where=path, expected="a text file, JSONL or Parquet")
     if suffix in (".jsonl", ".ndjson"):
         yield from _from_jsonl(path, tokenizer)
     elif suffix == ".parquet":
         yield from _from_parquet(path, tokenizer)
-    elif path.is_dir():
-        raise Unsupported("a folder is not a data set", where=path, expected="a text file, JSONL or Parquet")
     else:
         yield read_text(path)
 
@@ -154,17 +164,18 @@ def read_text(path: Path) -> str:
 
 
 def _from_jsonl(path: Path, tokenizer: Any) -> Iterator[str]:
-    with open(path, encoding="utf-8", errors="strict") as handle:
-        try:
-            for number, line in enumerate(handle, 1):
-                if line.strip():
-                    try:
-                        record = json.loads(line)
-                    except ValueError as error:
-                        raise BadText("not JSON", where=f"{path}, line {number}", found=str(error)) from error
-                    yield _document(record, tokenizer, f"{path}, line {number}")
-        except UnicodeDecodeError as error:
-            raise BadText("the text is binary", where=path, expected="UTF-8") from error
+    with open(path, "rb") as handle:
+        for number, line in enumerate(handle, 1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                record = json.loads(line.decode("utf-8-sig"))
+            except UnicodeDecodeError as error:
+                raise BadText("the text is binary", where=where, expected="UTF-8 text") from error
+            except (ValueError, RecursionError) as error:
+                raise BadText("not JSON", where=where, found=str(error)) from error
+            yield _document(record, tokenizer, where)
 
 
 def _from_parquet(path: Path, tokenizer: Any) -> Iterator[str]:
@@ -177,9 +188,11 @@ def _from_parquet(path: Path, tokenizer: Any) -> Iterator[str]:
         if not wanted:
             found = ", ".join(file.schema_arrow.names)
             raise BadText("no usable column", where=path, found=found, expected="text or messages")
-        for batch in file.iter_batches(batch_size=256, columns=wanted[:1]):
-            for row, record in enumerate(batch.to_pylist()):
-                yield _document(record, tokenizer, f"{path}, row {row}")
+        rows = (
+            record for batch in file.iter_batches(batch_size=256, columns=wanted[:1]) for record in batch.to_pylist()
+        )
+        for row, record in enumerate(rows):
+            yield _document(record, tokenizer, f"{path}, row {row}")
     except pyarrow.ArrowException as error:
         raise BadText("not a readable Parquet file", where=path, found=str(error)) from error
 

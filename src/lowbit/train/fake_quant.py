@@ -88,6 +88,7 @@ class FakeQuantizer(nn.Module):
             return torch.get_autocast_dtype(device)
         return weight.dtype
 
+    @torch.inference_mode(False)  # what is made under inference_mode could not be trained with later
     @torch.no_grad()
     def _rounded(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The values on the grid, rounded once an optimizer step however often they are asked for."""
@@ -170,6 +171,7 @@ def prepare(
     scales: float16 scales by tensor name, (rows, n / block_size), where they were searched for; elsewhere the grid's
     own rule. train: "full", "scales" or "both". A tied embedding is wrapped once and serves both uses. Returns the
     model, which any Hugging Face Trainer or TRL trainer can train; ``lowbit.train.save`` then writes the checkpoint.
+    Raises Unsupported (row length) or BadFile (NaN, Inf) naming the tensor, BadOption for a model prepared already.
     """
     if train not in ("full", "scales", "both"):
         raise BadOption("unknown train", found=train, expected="full, scales or both")
@@ -182,6 +184,7 @@ def prepare(
         if parametrize.is_parametrized(module, attribute):
             raise BadOption("the model is prepared already", where=name)
         weight = getattr(module, attribute)
+        grids.check_finite(weight, name)
         quantizer = FakeQuantizer(grid, weight, scales.get(name), train)
         quantizer.is_lookup = isinstance(module, nn.Embedding)
         if train == "scales":
@@ -227,4 +230,10 @@ def _retie(model: nn.Module) -> None:
     if head._parameters.get("weight") is not master(embedding):
         return
     del head._parameters["weight"]
-    head.__class__ = type(f"Tied{type(head).__name__}", (type(head),), {"weight": property(lambda _: embedding.weight)})
+    # In a tuple, so that it is no submodule of the head; an attribute, so that a deep copy reads its own embedding.
+    head._tied_to = (embedding,)
+    head.__class__ = type(f"Tied{type(head).__name__}", (type(head),), {"weight": property(_weight_of_embedding)})
+
+
+def _weight_of_embedding(head: Any) -> torch.Tensor:
+    return head._tied_to[0].weight  # type: ignore[no-any-return]

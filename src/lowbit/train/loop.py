@@ -19,10 +19,12 @@ from torch.utils.data import IterableDataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from lowbit import console
+from lowbit.files import write_json
 from lowbit.train.loss import distillation_loss
 from lowbit.train.options import TrainOptions
 from lowbit.train.precision import autocast
 from lowbit.train.reference import ReferenceCache
+from lowbit.train.storage import save_tensors, writing
 from lowbit.units import format_duration
 
 _LOWEST = 0.05  # of the peak learning rate, where the cosine ends
@@ -153,7 +155,11 @@ class DistillationTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
         trained = {name: p.detach().contiguous() for name, p in self.model.named_parameters() if p.requires_grad}
-        safetensors.torch.save_file(trained, folder / _WEIGHTS)
+        save_tensors(trained, folder / _WEIGHTS)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with writing(Path(self.args.output_dir or ".")):
+            super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         saved = safetensors.torch.load_file(Path(resume_from_checkpoint) / _WEIGHTS)
@@ -177,14 +183,16 @@ class _Clock(TrainerCallback):  # type: ignore[misc]
         # The scheduler has counted this step already; ask the clock at the step that just ended.
         schedule.step = state.global_step
         fraction, elapsed = schedule.fraction(), schedule.elapsed()
-        if fraction >= self._noted or state.global_step <= 2:
+        if fraction >= min(self._noted, 1.0) or state.global_step <= 2:
             self._noted = fraction + 0.01
-            state.log_history.append({
-                "step": state.global_step,
-                "seconds": round(elapsed, 2),
-                "loss": round(self.trainer.recent or 0.0, 5),
-                "lr": self.trainer.lr_scheduler.get_last_lr()[0],
-            })
+            state.log_history.append(
+                {
+                    "step": state.global_step,
+                    "seconds": round(elapsed, 2),
+                    "loss": round(self.trainer.recent or 0.0, 5),
+                    "lr": self.trainer.lr_scheduler.get_last_lr()[0],
+                }
+            )
         note = f"KLD {self.trainer.recent or 0:.4f}, {format_duration(schedule.time_left())} left"
         self.bar.update(fraction, note)
         if fraction >= 1:
@@ -194,7 +202,7 @@ class _Clock(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        (folder / _WHOLE).write_text(json.dumps({"seconds": self.trainer.schedule.elapsed()}))
+        write_json(folder / _WHOLE, {"seconds": self.trainer.schedule.elapsed()})
         for older in folder.parent.glob("checkpoint-*"):
             if older != folder:
                 shutil.rmtree(older, ignore_errors=True)

@@ -79,14 +79,16 @@ class TopKTargets:
     def compare(self, part: slice, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         tokens, log_p = self.tokens[part], self.log_p[part].float()
         log_q_top = log_q.gather(-1, tokens)
-        p, q_top = log_p.exp(), log_q_top.exp()
+        p = log_p.exp()
         tiny = torch.finfo(torch.float32).tiny
         tail_p = (1 - p.sum(-1)).clamp_min(tiny)
-        tail_q = (1 - q_top.sum(-1)).clamp_min(tiny)
+        # The rest is summed, not taken from 1: a sure student's tail would drown in rounding, and is divided by.
+        rest = log_q.exp().scatter_(-1, tokens, 0.0)
+        tail_q = rest.sum(-1).clamp_min(tiny)
         divergence = (p * (log_p - log_q_top)).sum(-1) + tail_p * (tail_p.log() - tail_q.log())
-        # Through the softmax: q - p on the k tokens; on each of the rest q scaled to the reference's tail mass.
-        slope = log_q.exp() * (1 - tail_p / tail_q).unsqueeze(-1)
-        slope.scatter_(-1, tokens, q_top - p)
+        # Through the softmax: q - p on the k tokens; each of the rest less its share of the reference's tail mass.
+        slope = rest - rest / tail_q.unsqueeze(-1) * tail_p.unsqueeze(-1)
+        slope.scatter_(-1, tokens, log_q_top.exp() - p)
         return divergence, slope
 
 

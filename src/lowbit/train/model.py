@@ -7,28 +7,38 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from lowbit import grid as grids
 from lowbit.checkpoint import Checkpoint, Tensor, write_checkpoint
+from lowbit.errors import Unsupported
 from lowbit.grid.base import Blocks
 from lowbit.train.fake_quant import FakeQuantizer, master, quantized
 
 
 def load(checkpoint: Checkpoint) -> Any:
-    """The transformers model (float32, evaluation mode) of an open checkpoint, GGUF or folder."""
+    """The transformers model (float32, evaluation mode) of an open checkpoint, GGUF or folder.
+
+    Raises BadFile naming the tensor where a weight is NaN or Inf.
+    """
     config = CONFIG_MAPPING[checkpoint.config["model_type"]](**checkpoint.config)
     config._attn_implementation = "sdpa"
-    state = {name: torch.from_numpy(np.array(checkpoint.read(name))) for name in checkpoint.names}
-    if checkpoint.tied:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
     with _quiet_transformers():
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        model.load_state_dict(state, strict=True, assign=True)
-        model.tie_weights()
+    parameters = dict(model.named_parameters())  # a tied head is not among them
+    differing = sorted(set(parameters) ^ set(checkpoint.names))
+    if differing:
+        found = f"{type(model).__name__} and the checkpoint disagree on it"
+        raise Unsupported("not the tensors that transformers' model has", where=differing[0], found=found)
+    # One tensor at a time into the model, so that the weights are in memory once.
+    with torch.no_grad():
+        for name in checkpoint.names:
+            values = checkpoint.read(name)
+            grids.check_finite(values, f"{checkpoint.path}: {name}")
+            parameters[name].copy_(torch.from_numpy(values))
     return model.eval()
 
 
@@ -64,10 +74,12 @@ def tensors(model: nn.Module, like: Checkpoint) -> Iterator[Tensor]:
 def _quantized_tensor(name: str, module: nn.Module, quantizer: FakeQuantizer) -> Tensor:
     grid = quantizer.grid
     blocks = quantizer.blocks(master(module, name.rpartition(".")[2]))
-    stored = Blocks(
-        codes=blocks.codes.cpu().numpy(), scales=None if blocks.scales is None else blocks.scales.cpu().numpy()
-    )
+    stored = Blocks(codes=_numpy(blocks.codes), scales=_numpy(blocks.scales), sub_scales=_numpy(blocks.sub_scales))
     return Tensor(name=name, values=grid.dequantize(stored), grid=grid.name, blocks=grid.pack(stored))
+
+
+def _numpy(x: torch.Tensor | None) -> Any:
+    return None if x is None else x.cpu().numpy()
 
 
 @contextlib.contextmanager
@@ -75,10 +87,12 @@ def _quiet_transformers() -> Iterator[None]:
     """Its progress bars and advice are not ours to show."""
     from transformers.utils import logging
 
-    level = logging.get_verbosity()
+    level, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        if had_bars:
+            logging.enable_progress_bar()

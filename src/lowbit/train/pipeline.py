@@ -23,16 +23,18 @@ from lowbit.errors import BadOption
 from lowbit.files import replacing, write_json
 from lowbit.train import calibrate, data, precision
 from lowbit.train.fake_quant import assignment, prepare
-from lowbit.train.loop import DistillationTrainer, Schedule, distil
+from lowbit.train.loop import DistillationTrainer, Schedule, distil, latest_checkpoint
 from lowbit.train.model import load, load_tokenizer, save
 from lowbit.train.options import TrainOptions
 from lowbit.train.reference import ReferenceCache
+from lowbit.train.storage import save_tensors
 
 _SAMPLING_SHARE = 0.15  # of the budget, where nothing else is asked for
 _CALIBRATION_SHARE = 0.08
 _CALIBRATION_TOKENS = 32768
 _STEP_COST = 4.0  # a training step costs about four forward passes
 _FEWEST_SEQUENCES = 8
+_POOL = 4  # times what is wanted is read of the user's data, and what is wanted drawn from that
 _DAMPING = 0.01
 # Rounding errors of values add up over the positions that attention averages, and of queries and keys inside a softmax;
 # moving them about made SmolLM2 worse (dev/LOG.md), where it helps these.
@@ -55,7 +57,9 @@ class Ledger:
         saved = json.loads(path.read_text(encoding="utf-8"))
         if saved["facts"]["key"] != key:
             hint = "Choose another --out, or remove the folder to start again"
-            raise BadOption("the folder holds a run of another model or with other options", where=path.parent, hint=hint)
+            raise BadOption(
+                "the folder holds a run of another model or with other options", where=path.parent, hint=hint
+            )
         return cls(path, saved["stages"], saved["facts"])
 
     def spent(self) -> float:
@@ -152,6 +156,10 @@ class _Run:
             self.dtype = getattr(torch, facts["dtype"])
             facts.setdefault("forward_tokens_per_second", self._forward_speed())
             head = self.model.get_output_embeddings().weight
+            if (self.options.top_k or 0) > len(head):
+                raise BadOption(
+                    "more targets than tokens", found=self.options.targets, expected=f"topk:{len(head)} or less"
+                )
             self.reference_head = head.detach().to(self.dtype, copy=True)
 
     @torch.no_grad()
@@ -175,7 +183,9 @@ class _Run:
         with self.ledger.stage("data", start):
             facts = self.ledger.facts
             if self.options.data is not None:
-                pool = data.load_sequences(self.options.data, self.tokenizer, self.length)
+                # Some more than there is time for, to draw from; a data set may have no end.
+                limit = _POOL * self._affordable(start)
+                pool = data.load_sequences(self.options.data, self.tokenizer, self.length, limit)
                 sources = [{"name": self.options.data, "license": None}]
                 wanted = self._affordable(start)
                 rows = np.random.default_rng(self.options.seed).permutation(len(pool))[:wanted]
@@ -226,8 +236,7 @@ class _Run:
             start = time.monotonic()
             with self.ledger.stage("calibrate", start):
                 found = self._calibrated(start) if self.options.start == "calibrated" else {}
-                with replacing(path) as partial:
-                    safetensors.torch.save_file(found, partial)
+                save_tensors(found, path)
         if not self.ledger.done("reference"):
             with self.ledger.stage("reference"), console.progress("Asking the reference", n) as bar:
                 self.cache.fill(self.model, self.sequences, self.dtype, may_go_on=lambda done: bar.update(done) is None)
@@ -275,10 +284,14 @@ class _Run:
     def distil(self) -> None:
         """End-to-end distillation for what is left of the budget, and the checkpoint."""
         start = time.monotonic()
-        trained = _choose_parameters(self.model, self.options, recipes.get(self.options.recipe).trained(self.checkpoint))
+        trained = _choose_parameters(
+            self.model, self.options, recipes.get(self.options.recipe).trained(self.checkpoint)
+        )
         seconds = self.budget - self.ledger.spent()
         curve: list[dict[str, Any]] = []
-        if trained and (seconds > 0 or self.options.steps):
+        # What was trained before a kill counts, also where loading it again has used up the budget.
+        begun = latest_checkpoint(self.work / "trainer") is not None
+        if trained and (seconds > 0 or self.options.steps or begun):
 
             def make(schedule: Schedule) -> DistillationTrainer:
                 return DistillationTrainer(

@@ -19,7 +19,11 @@ def choose(precision: str, device: torch.device, width: int) -> torch.dtype:
         return torch.float32 if precision == "float32" else torch.bfloat16
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if _speed(torch.bfloat16, device, width) > _WORTH_IT * _speed(torch.float32, device, width) else torch.float32
+    return (
+        torch.bfloat16
+        if _speed(torch.bfloat16, device, width) > _WORTH_IT * _speed(torch.float32, device, width)
+        else torch.float32
+    )
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:

@@ -6,6 +6,7 @@ are computed in order and counted, so a run that was killed goes on at the row i
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lowbit.files import write_json
+from lowbit.files import cannot_write, write_json
 from lowbit.train.loss import HiddenTargets, TopKTargets, top_k_targets
 from lowbit.train.precision import autocast
 
@@ -39,7 +40,7 @@ class ReferenceCache:
             if path.exists() and self.done:
                 self._arrays[name] = np.lib.format.open_memmap(path, mode="r+")
             else:
-                self._arrays[name] = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+                self._arrays[name] = _create(path, shape, dtype)
 
     @torch.no_grad()
     def fill(
@@ -92,3 +93,16 @@ class ReferenceCache:
         tokens = torch.from_numpy(self._arrays["tokens"][index].astype(np.int64)).to(device)
         log_p = torch.from_numpy(self._arrays["logp"][index]).to(device)
         return TopKTargets(tokens.flatten(0, 1), log_p.flatten(0, 1))
+
+
+def _create(path: Path, shape: tuple[int, ...], dtype: Any) -> Any:
+    """An array on disk that owns its room: a full disk met while writing to a mapped hole kills the process."""
+    try:
+        array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+        if hasattr(os, "posix_fallocate"):
+            with open(path, "r+b") as handle:
+                os.posix_fallocate(handle.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise cannot_write(path, error) from error
+    return array
