@@ -37,7 +37,7 @@ def start(folder: Path, *words: str) -> subprocess.Popen[str]:
 def stop_at(
     process: subprocess.Popen[str], mark: str | tuple[str, ...], delay: float, how: signal.Signals
 ) -> list[str]:
-    """Sends ``how`` to the process group ``delay`` seconds after a line that starts with (one) ``mark``; gives all lines."""
+    """Sends ``how`` to the process group ``delay`` seconds after a line that starts with a mark; gives all lines."""
     assert process.stderr and process.stdout
     lines = []
     with process:

@@ -1,4 +1,4 @@
-"""``lowbit ship`` through the real command line: what it leaves, what the files hold, and what every other verb makes of it."""
+"""``lowbit ship`` through the real command line: what it leaves, what the files hold, and the other verbs on it."""
 
 from __future__ import annotations
 
