@@ -28,7 +28,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield partial
         with open(partial, "rb") as handle:
             os.fsync(handle.fileno())
-        os.replace(partial, final)
+        partial.replace(final)
     except OSError as error:
         raise cannot_write(final, error) from error
     finally:

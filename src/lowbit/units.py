@@ -22,7 +22,7 @@ def bits_per_weight(n_bytes: int, n_weights: int) -> float:
 
 def format_duration(seconds: float) -> str:
     """75 -> '1:15'; 3700 -> '1:01:40'."""
-    whole = int(round(seconds))
+    whole = round(seconds)
     hours, rest = divmod(whole, 3600)
     minutes, secs = divmod(rest, 60)
     return f"{hours}:{minutes:02d}:{secs:02d}" if hours else f"{minutes}:{secs:02d}"

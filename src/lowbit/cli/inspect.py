@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         output.write_result(found, args.json)
     if args.json != "-":
-        from lowbit.report import terminal
+        from lowbit.report import terminal  # type: ignore[attr-defined]
 
         terminal.show_inspection(found, sys.stdout)
     return 0

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         output.write_result(measured, args.json)
     if args.json != "-":
-        from lowbit.report import terminal
+        from lowbit.report import terminal  # type: ignore[attr-defined]
 
         terminal.show_measurement(measured, sys.stdout)
     return 0

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from lowbit import console
-    from lowbit.report import read_record, report, terminal
+    from lowbit.report import read_record, report, terminal  # type: ignore[attr-defined]
 
     with output.results_only():
         page = report(args.run_folder)

@@ -83,7 +83,7 @@ def search_scales(weight: torch.Tensor, importance: torch.Tensor, grid: Grid) ->
         return values.sub_(blocks).square_().mul_(weighted).sum(-1)
 
     largest = blocks.abs().amax(-1)
-    best: torch.Tensor = grid.quantize(weight).scales  # the format's own choice, so that no block ends up worse
+    best: torch.Tensor = grid.quantize(weight).scales  # type: ignore[assignment]  # the format's own choice, so that no block ends up worse
     least = error_of(best)
     reaches = [reach * grid.min_code / -8 for reach in _REACHES]
     for sign in (1.0, -1.0):

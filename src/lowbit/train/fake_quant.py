@@ -52,6 +52,7 @@ class FakeQuantizer(nn.Module):
     ) -> None:
         super().__init__()
         self.grid, self.train_what = grid, train
+        self.is_lookup = False
         with torch.no_grad():
             if grid.has_scales:
                 start = grid.quantize(weight.detach()) if scales is None else grid.encode(weight.detach(), scales)
@@ -83,7 +84,7 @@ class FakeQuantizer(nn.Module):
 
     def _dtype(self, weight: torch.Tensor) -> torch.dtype:
         device = weight.device.type
-        is_matrix_product = not getattr(self, "is_lookup", False)
+        is_matrix_product = not self.is_lookup
         if is_matrix_product and torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
         return weight.dtype
@@ -156,7 +157,7 @@ def _scale_gradient(owner: FakeQuantizer, weight: torch.Tensor, gradient: torch.
         codes = grid.encode(weight, scales).codes.to(gradient.dtype)
         inside = (ratio >= grid.min_code - 0.5) & (ratio <= grid.max_code + 0.5)
         slope = torch.where(inside, codes - ratio, codes)
-    return (gradient.reshape(shape) * slope).sum(-1)
+    return (gradient.reshape(shape) * slope).sum(-1)  # type: ignore[operator]
 
 
 def prepare(

@@ -1,4 +1,4 @@
-"""lowbit's own loop: a Hugging Face Trainer with the distillation loss, a schedule by the clock, and small checkpoints."""
+"""lowbit's own loop: a Hugging Face Trainer with the distillation loss, a schedule by the clock, small checkpoints."""
 
 from __future__ import annotations
 
@@ -99,7 +99,8 @@ class DistillationTrainer(Trainer):
         folder: Path,
     ) -> None:
         self.options, self.cache, self.dtype, self.schedule = options, cache, dtype, schedule
-        self.reference_head, self._head = reference_head, None
+        self.reference_head = reference_head
+        self._head: torch.Tensor | None = None
         self.recent: float | None = None
         arguments = TrainingArguments(
             output_dir=str(folder),
@@ -125,7 +126,7 @@ class DistillationTrainer(Trainer):
             self.remove_callback(callback)
         self.add_callback(_Clock(self))
 
-    def compute_loss(
+    def compute_loss(  # type: ignore[override]
         self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **_: Any
     ) -> torch.Tensor:
         tokens = inputs["input_ids"]
@@ -138,24 +139,29 @@ class DistillationTrainer(Trainer):
         return loss
 
     def _student_head(self, model: Any) -> torch.Tensor:
-        """The output head's values as the file will hold them, in the products' dtype; made once if it does not move."""
-        if self._head is None:
-            weight = model.get_output_embeddings().weight
-            if weight.requires_grad:
-                return weight.to(self.dtype)
-            self._head = weight.to(self.dtype)
-        return self._head
+        """The output head as the file will hold it, in the products' dtype; made once if it does not move."""
+        if self._head is not None:
+            return self._head
+        weight: torch.Tensor = model.get_output_embeddings().weight
+        head = weight.to(self.dtype)
+        if not weight.requires_grad:
+            self._head = head
+        return head
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
-        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.schedule.factor)
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.schedule.factor)  # type: ignore[arg-type]
         return self.lr_scheduler
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Only what is trained: rounding, norms and embedding that stay as they were are not written again."""
         folder = Path(output_dir or self.args.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
-        trained = {name: p.detach().contiguous() for name, p in self.model.named_parameters() if p.requires_grad}
+        trained = {name: p.detach().contiguous() for name, p in self._parameters() if p.requires_grad}
         save_tensors(trained, folder / _WEIGHTS)
+
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        assert self.model is not None
+        return self.model.named_parameters()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with writing(Path(self.args.output_dir or ".")):
@@ -163,7 +169,7 @@ class DistillationTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         saved = safetensors.torch.load_file(Path(resume_from_checkpoint) / _WEIGHTS)
-        parameters = dict((model or self.model).named_parameters())
+        parameters = dict(self._parameters())
         with torch.no_grad():
             for name, values in saved.items():
                 parameters[name].copy_(values)
@@ -190,7 +196,7 @@ class _Clock(TrainerCallback):  # type: ignore[misc]
                     "step": state.global_step,
                     "seconds": round(elapsed, 2),
                     "loss": round(self.trainer.recent or 0.0, 5),
-                    "lr": self.trainer.lr_scheduler.get_last_lr()[0],
+                    "lr": self.trainer.lr_scheduler.get_last_lr()[0],  # type: ignore[union-attr]
                 }
             )
         note = f"KLD {self.trainer.recent or 0:.4f}, {format_duration(schedule.time_left())} left"

@@ -70,7 +70,7 @@ class HiddenTargets:
 class TopKTargets:
     """The reference's k largest probabilities and, as one more outcome, the mass of all the rest.
 
-    tokens: (n, k) int64. log_p: (n, k) float32. The divergence is that of the k + 1 outcomes: a lower bound of the whole.
+    tokens: (n, k) int64. log_p: (n, k) float32. The divergence is that of the k + 1 outcomes, a lower bound.
     """
 
     def __init__(self, tokens: torch.Tensor, log_p: torch.Tensor) -> None:

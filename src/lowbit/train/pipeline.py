@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -239,7 +239,7 @@ class _Run:
                 save_tensors(found, path)
         if not self.ledger.done("reference"):
             with self.ledger.stage("reference"), console.progress("Asking the reference", n) as bar:
-                self.cache.fill(self.model, self.sequences, self.dtype, may_go_on=lambda done: bar.update(done) is None)
+                self.cache.fill(self.model, self.sequences, self.dtype, may_go_on=_telling(bar))
         found = safetensors.torch.load_file(path)
         for name, values in found.items():
             kind, _, tensor = name.partition(":")
@@ -335,6 +335,14 @@ class _Run:
             "curve": curve,
             "data": {**facts["data"], "unique_tokens": int(self.sequences.size)},
         }
+
+
+def _telling(bar: console.Progress) -> Callable[[int], bool]:
+    def tell(done: int) -> bool:
+        bar.update(done)
+        return True
+
+    return tell
 
 
 def _choose_parameters(model: Any, options: TrainOptions, names: tuple[str, ...]) -> list[torch.nn.Parameter]:

@@ -28,7 +28,7 @@ class ReferenceCache:
     def __init__(self, folder: Path, n: int, length: int, width: int, top_k: int | None = None) -> None:
         self.folder, self.n, self.top_k = folder, n, top_k
         folder.mkdir(parents=True, exist_ok=True)
-        shapes = {"hidden": ((n, length, width), np.float16)}
+        shapes: dict[str, tuple[tuple[int, ...], Any]] = {"hidden": ((n, length, width), np.float16)}
         if top_k is not None:
             shapes = {"tokens": ((n, length, top_k), np.int32), "logp": ((n, length, top_k), np.float32)}
         self.done = 0
