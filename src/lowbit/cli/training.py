@@ -6,6 +6,8 @@ import argparse
 from typing import Any
 
 NAMES = ("minutes", "steps", "recipe", "data", "seed", "threads", "start", "train")
+# Left to TrainOptions where they are not given, so that a default is written once and --help needs no torch.
+FINER = ("targets", "learning_rate", "warmup_steps", "batch_size", "accumulate", "sequence_length", "clip", "precision")
 
 
 def minutes(text: str) -> float:
@@ -24,6 +26,17 @@ def positive(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"found {text!r}; expected a whole number from 1 up")
     return int(text)
+
+
+def positive_number(text: str) -> float:
+    """argparse type: a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"found {text!r}; expected a number above 0")
+    return value
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,8 +74,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="full",
         help="what distillation moves: every weight (default), or the scales only",
     )
+    finer = parser.add_argument_group("training, finer", "what is not given is lowbit.train.TrainOptions' default")
+    finer.add_argument("--targets", metavar="T", help="hidden (the reference's exact probabilities) or topk:K")
+    finer.add_argument("--learning-rate", type=positive_number, metavar="X", help="peak, of AdamW")
+    finer.add_argument("--warmup-steps", type=positive, metavar="N", help="linear warm-up, before the cosine")
+    finer.add_argument("--batch-size", type=positive, metavar="N", help="sequences a forward pass")
+    finer.add_argument("--accumulate", type=positive, metavar="N", help="forward passes an optimizer step")
+    finer.add_argument("--sequence-length", type=positive, metavar="N", help="tokens a training sequence")
+    finer.add_argument("--clip", type=positive_number, metavar="X", help="gradient norm above which it is scaled down")
+    finer.add_argument("--precision", choices=("auto", "float32", "bfloat16"), help="of the matrix products")
 
 
 def options(args: argparse.Namespace) -> dict[str, Any]:
     """The chosen options by the names the library gives them."""
-    return {name: getattr(args, name) for name in NAMES}
+    finer = {name: getattr(args, name) for name in FINER if getattr(args, name) is not None}
+    return {name: getattr(args, name) for name in NAMES} | finer

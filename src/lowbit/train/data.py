@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from lowbit.errors import BadText, NotFound, Unsupported
+from lowbit.train import sampling
 
 # Text in the public domain that fills in where a budget is too short to sample enough; see data/SOURCES.md.
 BUNDLED = (
@@ -24,6 +25,7 @@ BUNDLED = (
 )
 _SAMPLING_BATCH = 64
 _TEXT_KEYS = ("text", "content")
+_SUFFIXES = (".txt", ".md", ".csv", ".json", ".jsonl", ".ndjson", ".parquet")  # of files, never of datasets ids
 
 
 def bundled_sequences(tokenizer: Any, length: int) -> np.ndarray:
@@ -84,33 +86,20 @@ def sample(model: Any, tokenizer: Any, length: int, seconds: float, seed: int) -
     """
     generator = torch.random.fork_rng()
     batch = min(_SAMPLING_BATCH, max(2, _batch_for_memory(model.config, length)))
-    with generator, torch.inference_mode():
+    with generator:
         torch.manual_seed(seed)
-        prompts = _prompts(tokenizer, model.config, batch)
+        prompts = _prompts(tokenizer, batch, length)
         device = next(model.parameters()).device
         written = [
-            model.generate(
-                prompt.to(device),
-                attention_mask=torch.ones_like(prompt).to(device),
-                max_length=length,
-                max_time=seconds * len(prompt) / batch,
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                eos_token_id=None,
-                pad_token_id=0,
-                use_cache=True,
-            ).cpu()
-            for prompt in prompts
+            sampling.write(model, prompt.to(device), length, seconds * len(prompt) / batch).cpu() for prompt in prompts
         ]
     flat = np.concatenate([rows.numpy().reshape(-1) for rows in written]).astype(np.int32)
     n = len(flat) // length
     return flat[: n * length].reshape(n, length)
 
 
-def _prompts(tokenizer: Any, config: Any, batch: int) -> list[torch.Tensor]:
-    """Prompts of equal length together: (n, prompt_length) int64 each."""
+def _prompts(tokenizer: Any, batch: int, length: int) -> list[torch.Tensor]:
+    """Prompts of equal length together, shorter than ``length``: (n, prompt_length) int64 each."""
     first = next(
         (t for t in (start_token(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), 0
     )
@@ -120,7 +109,7 @@ def _prompts(tokenizer: Any, config: Any, batch: int) -> list[torch.Tensor]:
     mark = "\u2063"  # a character no template writes: what stands before it opens the user's turn
     opening = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False).split(mark)[0]
     turn = tokenizer(opening, add_special_tokens=False)["input_ids"]
-    if not turn:
+    if not 0 < len(turn) < length:
         return [document]
     return [document[: batch // 2], torch.tensor([turn] * (batch - batch // 2), dtype=torch.int64)]
 
@@ -188,17 +177,15 @@ def _from_parquet(path: Path, tokenizer: Any) -> Iterator[str]:
         if not wanted:
             found = ", ".join(file.schema_arrow.names)
             raise BadText("no usable column", where=path, found=found, expected="text or messages")
-        rows = (
-            record for batch in file.iter_batches(batch_size=256, columns=wanted[:1]) for record in batch.to_pylist()
-        )
+        rows = (record for batch in file.iter_batches(batch_size=256, columns=wanted) for record in batch.to_pylist())
         for row, record in enumerate(rows):
             yield _document(record, tokenizer, f"{path}, row {row}")
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:  # a damaged page is an OSError
         raise BadText("not a readable Parquet file", where=path, found=str(error)) from error
 
 
 def _from_datasets(source: str, tokenizer: Any) -> Iterator[str]:
-    if "/" not in source or source.startswith((".", "/", "~")) or Path(source).suffix in (".txt", ".jsonl", ".parquet"):
+    if "/" not in source or source.startswith((".", "/", "~")) or Path(source).suffix in _SUFFIXES:
         raise NotFound("no such file", where=source, hint="Give a text file, JSONL, Parquet or a datasets id")
     try:
         import datasets
@@ -215,6 +202,16 @@ def _from_datasets(source: str, tokenizer: Any) -> Iterator[str]:
 
 def _document(record: Any, tokenizer: Any, where: str) -> str:
     """The text of one record: its messages through the chat template, or its text."""
+    text = _text_of(record, tokenizer, where)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON may escape one, and no tokenizer takes it
+        found = f"U+{ord(text[error.start]):04X} at character {error.start}"
+        raise BadText("half a surrogate pair", where=where, found=found, expected="Unicode text") from error
+    return text
+
+
+def _text_of(record: Any, tokenizer: Any, where: str) -> str:
     if isinstance(record, dict):
         if isinstance(record.get("messages"), list):
             try:

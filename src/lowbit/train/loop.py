@@ -27,7 +27,7 @@ from lowbit.train.reference import ReferenceCache
 from lowbit.train.storage import save_tensors, writing
 from lowbit.units import format_duration
 
-_LOWEST = 0.05  # of the peak learning rate, where the cosine ends
+_LOWEST = 0.01  # of the peak learning rate, where the cosine ends
 _WEIGHTS = "trained.safetensors"
 _WHOLE = "whole"  # marks a checkpoint folder that was written to its end
 _SAVE_EVERY = 60.0  # seconds between checkpoints, at least
@@ -54,7 +54,7 @@ class Schedule:
         return min(1.0, self.elapsed() / self.seconds) if self.seconds > 0 else 1.0
 
     def factor(self, step: int) -> float:
-        """Linear warm-up, then a cosine down to a twentieth."""
+        """Linear warm-up, then a cosine down to a hundredth."""
         self.step = step
         warm = min(1.0, (step + 1) / max(1, self.options.warmup_steps))
         return warm * (_LOWEST + (1 - _LOWEST) * 0.5 * (1 + math.cos(math.pi * self.fraction())))

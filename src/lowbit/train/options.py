@@ -26,7 +26,7 @@ class TrainOptions:
     sequence_length: tokens a training sequence
     batch_size:      sequences a forward pass
     accumulate:      forward passes an optimizer step
-    learning_rate:   peak; None: 2e-4 for "full", 5e-5 for "scales"
+    learning_rate:   peak; None: 1e-4 for "full", 5e-5 for "scales"
     warmup_steps:    optimizer steps of linear warm-up, before the cosine
     clip:            gradient norm above which gradients are scaled down
     precision:       "auto" (bfloat16 products where this machine is measurably faster with them), "float32", "bfloat16"
@@ -42,7 +42,7 @@ class TrainOptions:
     data: str | None = None
     targets: str = "hidden"
     sequence_length: int = 512
-    batch_size: int = 1
+    batch_size: int = 2
     accumulate: int = 1
     learning_rate: float | None = None
     warmup_steps: int = 8
@@ -69,13 +69,13 @@ class TrainOptions:
     def top_k(self) -> int | None:
         """K of targets="topk:K", or None."""
         name, _, count = self.targets.partition(":")
-        return int(count) if name == "topk" and count.isdigit() and int(count) > 0 else None
+        return int(count) if name == "topk" and count.isdecimal() and int(count) > 0 else None
 
     @property
     def peak_learning_rate(self) -> float:
         if self.learning_rate is not None:
             return self.learning_rate
-        return 2e-4 if self.train == "full" else 5e-5
+        return 1e-4 if self.train == "full" else 5e-5
 
 
 PRECISIONS = ("auto", "float32", "bfloat16")

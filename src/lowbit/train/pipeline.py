@@ -29,7 +29,7 @@ from lowbit.train.options import TrainOptions
 from lowbit.train.reference import ReferenceCache
 from lowbit.train.storage import save_tensors
 
-_SAMPLING_SHARE = 0.15  # of the budget, where nothing else is asked for
+_SAMPLING_SHARE = 0.08  # of the budget, where nothing else is asked for
 _CALIBRATION_SHARE = 0.08
 _CALIBRATION_TOKENS = 32768
 _STEP_COST = 4.0  # a training step costs about four forward passes
@@ -284,9 +284,8 @@ class _Run:
     def distil(self) -> None:
         """End-to-end distillation for what is left of the budget, and the checkpoint."""
         start = time.monotonic()
-        trained = _choose_parameters(
-            self.model, self.options, recipes.get(self.options.recipe).trained(self.checkpoint)
-        )
+        names = recipes.get(self.options.recipe).trained(self.checkpoint)
+        trained = choose_parameters(self.model, self.options.train, names)
         seconds = self.budget - self.ledger.spent()
         curve: list[dict[str, Any]] = []
         # What was trained before a kill counts, also where loading it again has used up the budget.
@@ -345,18 +344,20 @@ def _telling(bar: console.Progress) -> Callable[[int], bool]:
     return tell
 
 
-def _choose_parameters(model: Any, options: TrainOptions, names: tuple[str, ...]) -> list[torch.nn.Parameter]:
-    """Marks what is trained: the low-bit matrices and the norms, or the scales alone. Embeddings stay."""
+def choose_parameters(model: Any, train: str, names: tuple[str, ...]) -> list[torch.nn.Parameter]:
+    """Marks what is trained of a prepared model, and gives it: the low-bit matrices ``names`` and the norms ("full"),
+    or the scales alone ("scales"). Embeddings stay.
+    """
     low_bit = {f"{path}.parametrizations.{kind}" for path, _, kind in (name.rpartition(".") for name in names)}
     chosen = []
     for name, parameter in model.named_parameters():
         inside, _, last = name.rpartition(".")
         if last == "scales":
-            wanted = options.train == "scales" and inside.removesuffix(".0") in low_bit
+            wanted = train == "scales" and inside.removesuffix(".0") in low_bit
         elif last.startswith("original"):
-            wanted = options.train == "full" and inside in low_bit
+            wanted = train == "full" and inside in low_bit
         else:
-            wanted = options.train == "full" and parameter.ndim == 1
+            wanted = train == "full" and parameter.ndim == 1
         parameter.requires_grad_(wanted)
         if wanted:
             chosen.append(parameter)

@@ -60,6 +60,7 @@ class ReferenceCache:
         until = self.n if until is None else until
         device = next(model.parameters()).device
         head = model.get_output_embeddings().weight
+        noted = self.done
         while self.done < until and may_go_on(self.done):
             rows = slice(self.done, min(until, self.done + batch))
             tokens = torch.from_numpy(sequences[rows].astype(np.int64)).to(device)
@@ -73,8 +74,9 @@ class ReferenceCache:
                 self._arrays["tokens"][rows] = top.reshape(shape).cpu().numpy()
                 self._arrays["logp"][rows] = log_p.reshape(shape).cpu().numpy()
             self.done = rows.stop
-            if self.done % (8 * batch) == 0 or self.done >= until:
+            if self.done - noted >= 8 * batch:
                 self.flush()
+                noted = self.done
         self.flush()
         return self.done
 
