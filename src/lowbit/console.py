@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +30,9 @@ def log(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
+_LINE_EVERY = 30.0  # seconds, where there is no terminal to draw a bar on
+
+
 class Progress:
     """A bar with a description, a fraction and free text (loss, time left)."""
 
@@ -42,16 +46,29 @@ class Progress:
             self._bar.update(self._task, completed=completed, **fields)
 
 
+class _Lines(Progress):
+    """The same as lines in a log, one now and then."""
+
+    def __init__(self, description: str, total: float) -> None:
+        super().__init__()
+        self._description, self._total, self._last = description, total, time.monotonic()
+
+    def update(self, completed: float, note: str | None = None) -> None:
+        if time.monotonic() - self._last >= _LINE_EVERY:
+            self._last = time.monotonic()
+            percent = min(100, int(100 * completed / self._total)) if self._total > 0 else 100
+            log(f"{self._description}: {percent}%" + (f", {note}" if note else ""))
+
+
 @contextlib.contextmanager
 def progress(description: str, total: float) -> Iterator[Progress]:
-    """A progress bar on standard error: live on a terminal, one line at start and end elsewhere."""
+    """A progress bar on standard error: live on a terminal; elsewhere a line at the start and one every half minute."""
     if _quiet:
         yield Progress()
         return
     if not sys.stderr.isatty():
         log(f"{description} ...")
-        plain = Progress()
-        yield plain
+        yield _Lines(description, total)
         return
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn

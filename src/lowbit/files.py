@@ -22,8 +22,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     On any error the partial file is removed, and an OSError becomes a CannotWrite that names the final path.
     """
     final = Path(path)
-    partial = final.with_name(f"{final.name}.{os.getpid()}.partial")
+    partial = final.parent / f"{final.name}.{os.getpid()}.partial"
     try:
+        if not final.name or final.is_dir():  # now, not when everything is written and wants the name
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         final.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         with open(partial, "rb") as handle:
@@ -44,10 +46,16 @@ def cannot_write(path: Path, error: OSError) -> CannotWrite:
         errno.EACCES: "Choose a place you may write to",
         errno.EPERM: "Choose a place you may write to",
         errno.EROFS: "Choose a place you may write to",
+        errno.ENOENT: "Choose a place you may write to",  # its folder could not be made: /proc and the like
         errno.ENOTDIR: "A part of the path is a file",
+        errno.EEXIST: "A part of the path is a file",
+        errno.EISDIR: "A folder has this name; choose another",
+        errno.EFBIG: "Raise the limit on file sizes (ulimit -f) or choose another place",
     }
     reason = error.strerror or str(error)
-    return CannotWrite(f"cannot write: {reason}", where=path, hint=hints.get(error.errno or 0))
+    # numpy tells of a short write ("100 requested and 50 written") and keeps the system's reason to itself.
+    hint = hints.get(error.errno) if error.errno else "Is the disk full? Free some space or choose another place"
+    return CannotWrite(f"cannot write: {reason}", where=path, hint=hint)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -91,7 +91,8 @@ class _Parser:
     def __init__(self, path: Path, data: np.ndarray) -> None:
         self.path, self.data, self.position = path, data, 0
         if bytes(self.take(4, "the magic")) != MAGIC:
-            raise BadFile("not a GGUF file", where=path, found=bytes(data[:4]), expected=MAGIC)
+            hint = "Give a .gguf file, or a folder with config.json"
+            raise BadFile("not a GGUF file", where=path, found=bytes(data[:4]), expected=MAGIC, hint=hint)
         version = self.scalar("<u4", "the version")
         if version not in (2, 3):
             big_endian = int.from_bytes(struct.pack("<I", version), "big") in (2, 3)
@@ -219,7 +220,8 @@ class _Parser:
         where = f"{self.path}: {name}"
         n_dims = self.scalar("<u4", name)
         if not 1 <= n_dims <= _MAX_DIMS:
-            raise BadFile("a tensor has an impossible number of dimensions", where=where, found=n_dims)
+            what = "a tensor has an impossible number of dimensions"
+            raise BadFile(what, where=where, found=n_dims, expected=f"1 to {_MAX_DIMS}", hint=_REDOWNLOAD)
         dims = [self.scalar("<u8", name) for _ in range(n_dims)]
         ggml_type = self.scalar("<u4", name)
         offset = self.scalar("<u8", name)

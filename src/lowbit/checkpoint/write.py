@@ -59,10 +59,11 @@ def write_checkpoint(folder: str | Path, like: Checkpoint, tensors: Iterable[Ten
         missing = [name for name in like.names if name not in manifest["tensors"]]
         if missing:
             raise BadFile("a tensor was not given", where=f"{folder}: {missing[0]}", found=f"{len(missing)} missing")
+        # The new files are about to take their names; until then an earlier checkpoint in the folder stays whole.
+        (folder / MANIFEST).unlink(missing_ok=True)
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / MANIFEST).unlink(missing_ok=True)
         write_files({"values": folder / "model.safetensors", "blocks": folder / BLOCKS}, like.names, fill)
         config = {key: value for key, value in like.config.items() if key != "torch_dtype"}  # dtype's old spelling
         write_json(folder / "config.json", config | {"dtype": "float32"})

@@ -16,6 +16,7 @@ from lowbit.errors import BadOption, BadText, NotFound
 from lowbit.units import MIB
 
 _PIECE = MIB
+_PROSE = "Give a file with some prose in it"
 _SEAM = 256  # characters on each side of a cut that are tokenized both ways
 
 
@@ -44,7 +45,7 @@ def read_text(path: str | os.PathLike[str], tokenizer: Tokenizer) -> Text:
     for text in _joinable(_decoded(path, digest), tokenizer):
         ids.append(np.array(tokenizer.tokenize(text, add_special=not ids), np.int32))
     if not ids:
-        raise BadText("the text is empty", where=path)
+        raise BadText("the text is empty", where=path, expected="UTF-8 text", hint=_PROSE)
     return Text(path=path, sha256=digest.hexdigest(), ids=np.concatenate(ids))
 
 
@@ -52,7 +53,7 @@ def check_text(path: str | os.PathLike[str]) -> None:
     """Raises NotFound or BadText where ``read_text`` would, without a model: before hours are spent."""
     path = Path(path)
     if not any(piece.strip() for piece in _decoded(path, hashlib.sha256())):
-        raise BadText("the text is empty", where=path)
+        raise BadText("the text is empty", where=path, expected="UTF-8 text", hint=_PROSE)
 
 
 def _decoded(path: Path, digest: hashlib._Hash) -> Iterator[str]:
@@ -85,9 +86,10 @@ def _decoded(path: Path, digest: hashlib._Hash) -> Iterator[str]:
                 if not raw:
                     return
     except FileNotFoundError:
-        raise NotFound("no such text file", where=path) from None
+        raise NotFound("no such text file", where=path, expected="a UTF-8 text file") from None
     except OSError as error:
-        raise BadText("the text cannot be read", where=path, found=error.strerror) from None
+        what = "the text cannot be read"
+        raise BadText(what, where=path, found=error.strerror, expected="a UTF-8 text file") from None
 
 
 def _joinable(pieces: Iterator[str], tokenizer: Tokenizer) -> Iterator[str]:

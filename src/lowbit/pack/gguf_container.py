@@ -13,7 +13,7 @@ from lowbit import grid as grids
 from lowbit.checkpoint import Checkpoint
 from lowbit.checkpoint.families.base import TensorSpec, text, uint
 from lowbit.checkpoint.gguf_file import Field, TensorHead, pad_to, write_header
-from lowbit.errors import BadFile, Unsupported
+from lowbit.errors import Unsupported
 from lowbit.files import replacing
 from lowbit.grid.base import Grid
 from lowbit.pack import tokenizer
@@ -74,7 +74,7 @@ def encoded(checkpoint: Checkpoint, spec: TensorSpec, grid: Grid, *, naive: bool
     if not naive and checkpoint.info(spec.name).grid == grid.name:
         blocks = checkpoint.blocks(spec.name)
         assert blocks is not None
-        _check_finite(np.asarray(grid.unpack(blocks).scales), checkpoint, spec)
+        grids.check_finite(np.asarray(grid.unpack(blocks).scales), f"{checkpoint.path}: {spec.name}")
         # Blocks run along a row, so reordering rows moves whole rows of bytes and changes no block.
         yield blocks if order is None else blocks[order]
         return
@@ -83,17 +83,12 @@ def encoded(checkpoint: Checkpoint, spec: TensorSpec, grid: Grid, *, naive: bool
         values = values[order]
     if spec.gguf_offset:
         values = values + np.float32(spec.gguf_offset)
-    _check_finite(values, checkpoint, spec)
+    grids.check_finite(values, f"{checkpoint.path}: {spec.name}")
     rows = values.reshape(-1, values.shape[-1])
     step = max(1, _SLICE_WEIGHTS // rows.shape[1])
     for start in range(0, len(rows), step):
         part = rows[start : start + step]
         yield ggml.quantize(part, grid.ggml_type) if naive else grid.pack(grid.quantize(part))
-
-
-def _check_finite(values: np.ndarray, checkpoint: Checkpoint, spec: TensorSpec) -> None:
-    if not np.isfinite(values).all():
-        raise BadFile("NaN or Inf in a tensor", where=f"{checkpoint.path}: {spec.name}", hint="The weights are broken")
 
 
 def _head(spec: TensorSpec, grid: Grid) -> TensorHead:

@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from lowbit.checkpoint.gguf_file import GgufFile
 from lowbit.errors import BadFile, BadOption, BadText, NotFound, RuntimeFailed
 from lowbit.run import _chat_template, _llama_h, _trial
 from lowbit.run._cores import available_cores
@@ -101,6 +102,7 @@ class LlamaCpp:
         self._llama.log.take()
         model = self._lib.llama_model_load_from_file(os.fsencode(self.path), params)
         if not model:
+            GgufFile(self.path)  # of a damaged file it tells what and where; llama.cpp only that it failed
             raise BadFile(
                 "llama.cpp cannot load this file",
                 where=self.path,
@@ -422,9 +424,9 @@ def _check_file(path: Path) -> None:
         with open(path, "rb") as handle:
             magic = handle.read(4)
     except FileNotFoundError:
-        raise NotFound("no such file", where=path) from None
+        raise NotFound("no such file", where=path, expected="a GGUF file") from None
     except OSError as error:
-        raise BadFile("cannot be read", where=path, found=error.strerror) from None
+        raise BadFile("cannot be read", where=path, found=error.strerror, expected="a GGUF file") from None
     if magic != b"GGUF":
         raise BadFile(
             "not a GGUF file",
