@@ -38,6 +38,21 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             partial.unlink()
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raises CannotWrite where ``path`` plainly cannot be written, before long work whose result goes there."""
+    final = Path(path)
+    there = next(folder for folder in (final.parent, *final.parent.parents) if folder.exists())
+    number = None
+    if not final.name or final.is_dir():
+        number = errno.EISDIR
+    elif not there.is_dir():
+        number = errno.ENOTDIR
+    elif not os.access(there, os.W_OK | os.X_OK):
+        number = errno.EACCES
+    if number is not None:
+        raise cannot_write(final, OSError(number, os.strerror(number)))
+
+
 def cannot_write(path: Path, error: OSError) -> CannotWrite:
     """The one-line form of a failed write."""
     hints = {

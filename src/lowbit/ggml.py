@@ -9,12 +9,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
-import os
 from pathlib import Path
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
+from lowbit import threads
 from lowbit.errors import BadFile, Unsupported
 
 _HINT = "Install it with: pip install 'xllamacpp>=2026.10,<2026.11'"
@@ -26,9 +26,7 @@ _NOT_FOR_WEIGHTS = frozenset({9, 15, 24, 25, 26, 27, 28})  # Q8_1, Q8_K, I8, I16
 @functools.cache
 def library() -> ctypes.CDLL:
     """The loaded C library, with argument types set for the ggml functions used here. Raises Unsupported."""
-    # Threads that spin while they wait stall a run next to a busy neighbour; OpenMP reads these when it loads.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    threads.wait_passively()
     path = _find()
     try:
         lib = ctypes.CDLL(str(path))

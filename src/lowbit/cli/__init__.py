@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn, cast
 
-from lowbit import __version__, console
+from lowbit import __version__, console, files
 from lowbit.errors import LowbitError
 
 # verb -> its line in `lowbit --help`; the verb's arguments are in the file of the same name.
@@ -109,6 +109,8 @@ def _run(words: list[str], verb: str | None) -> int:
     except SystemExit as stop:  # --help, --version, bad usage
         return stop.code if isinstance(stop.code, int) else 2
     console.set_quiet(args.quiet)
+    if getattr(args, "json", None) not in (None, "-"):
+        files.check_writable(args.json)  # now, not when hours of work are to be written there
     return cast(int, args.run(args))
 
 

@@ -6,9 +6,10 @@ trainable by any Trainer; ``lowbit.train.load`` and ``save`` go from a checkpoin
 
 from __future__ import annotations
 
-from lowbit import verbs
+from lowbit import threads, verbs
 from lowbit.errors import Unsupported
 
+threads.wait_passively()
 try:
     import torch as _torch  # noqa: F401
     import transformers as _transformers  # noqa: F401

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import os
 from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
@@ -123,7 +124,7 @@ def _batch_for_memory(config: Any, length: int) -> int:
 
 def _documents(source: str, tokenizer: Any) -> Iterator[str]:
     path = Path(source)
-    if not path.exists():
+    if not os.path.exists(path):  # noqa: PTH110 (Path.exists raises where a name is too long)
         yield from _from_datasets(source, tokenizer)
         return
     suffix = path.suffix.lower()

@@ -31,6 +31,8 @@ _LOWEST = 0.01  # of the peak learning rate, where the cosine ends
 _WEIGHTS = "trained.safetensors"
 _WHOLE = "whole"  # marks a checkpoint folder that was written to its end
 _SAVE_EVERY = 60.0  # seconds between checkpoints, at least
+_LOOK_EVERY = 0.05  # of the schedule between two looks at the held-out rows, at least
+_LOOK_SHARE = 0.02  # of the time that looking may take
 _STEPS_WITHOUT_LIMIT = 10_000_000
 
 
@@ -84,7 +86,10 @@ class SequenceOrder(IterableDataset):  # type: ignore[type-arg]
 
 
 class DistillationTrainer(Trainer):
-    """Trains a prepared model towards a ReferenceCache. Saves what it trains, not what can be made again."""
+    """Trains a prepared model towards a ReferenceCache. Saves what it trains, not what can be made again.
+
+    The last ``held_out`` rows of the sequences are never trained on: the KLD on them is that of unseen text.
+    """
 
     def __init__(
         self,
@@ -97,9 +102,12 @@ class DistillationTrainer(Trainer):
         dtype: torch.dtype,
         schedule: Schedule,
         folder: Path,
+        held_out: int = 0,
     ) -> None:
         self.options, self.cache, self.dtype, self.schedule = options, cache, dtype, schedule
         self.reference_head = reference_head
+        seen = len(sequences) - held_out
+        self._unseen = [(row, sequences[row]) for row in range(seen, len(sequences))]
         self._head: torch.Tensor | None = None
         self.recent: float | None = None
         arguments = TrainingArguments(
@@ -121,7 +129,7 @@ class DistillationTrainer(Trainer):
             use_cpu=next(model.parameters()).device.type == "cpu",
             seed=options.seed,
         )
-        super().__init__(model, arguments, train_dataset=SequenceOrder(sequences, options.seed))
+        super().__init__(model, arguments, train_dataset=SequenceOrder(sequences[:seen], options.seed))
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.add_callback(_Clock(self))
@@ -129,14 +137,30 @@ class DistillationTrainer(Trainer):
     def compute_loss(  # type: ignore[override]
         self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **_: Any
     ) -> torch.Tensor:
-        tokens = inputs["input_ids"]
-        with autocast(tokens.device, self.dtype):
-            hidden = model.model(tokens, use_cache=False).last_hidden_state
-        targets = self.cache.targets(inputs["row"], self.reference_head)
-        loss = distillation_loss(hidden.flatten(0, 1).float(), self._student_head(model), targets)
+        loss = self._divergence(model, inputs["input_ids"], inputs["row"])
         value = float(loss.detach())
         self.recent = value if self.recent is None else 0.9 * self.recent + 0.1 * value
         return loss
+
+    def _divergence(self, model: Any, tokens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Mean KL(reference || student) over tokens (B, T), which are the cache's ``rows`` (B)."""
+        with autocast(tokens.device, self.dtype):
+            hidden = model.model(tokens, use_cache=False).last_hidden_state
+        targets = self.cache.targets(rows, self.reference_head)
+        return distillation_loss(hidden.flatten(0, 1).float(), self._student_head(model), targets)
+
+    @torch.no_grad()
+    def unseen_kld(self) -> float | None:
+        """KLD in nats a token on the rows that are never trained on; None where there are none."""
+        model: Any = self.model
+        was_training = model.training
+        model.eval()
+        found = []
+        for row, tokens in self._unseen:
+            batch = torch.from_numpy(tokens.astype(np.int64))[None].to(self.args.device)
+            found.append(float(self._divergence(model, batch, torch.tensor([row]))))
+        model.train(was_training)
+        return sum(found) / len(found) if found else None
 
     def _student_head(self, model: Any) -> torch.Tensor:
         """The output head as the file will hold it, in the products' dtype; made once if it does not move."""
@@ -182,6 +206,8 @@ class _Clock(TrainerCallback):  # type: ignore[misc]
         self.trainer = trainer
         self._saved = time.monotonic()
         self._noted = 0.0
+        self._looked = (-1.0, 0.0, 0.0)  # fraction and seconds at the last look, and what it took
+        self.kld: float | None = None
         self.bar = console.Progress()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -189,22 +215,34 @@ class _Clock(TrainerCallback):  # type: ignore[misc]
         # The scheduler has counted this step already; ask the clock at the step that just ended.
         schedule.step = state.global_step
         fraction, elapsed = schedule.fraction(), schedule.elapsed()
-        if fraction >= min(self._noted, 1.0) or state.global_step <= 2:
+        kld = self._look(fraction, elapsed)
+        if fraction >= min(self._noted, 1.0) or state.global_step <= 2 or kld is not None:
             self._noted = fraction + 0.01
-            state.log_history.append(
-                {
-                    "step": state.global_step,
-                    "seconds": round(elapsed, 2),
-                    "loss": round(self.trainer.recent or 0.0, 5),
-                    "lr": self.trainer.lr_scheduler.get_last_lr()[0],  # type: ignore[union-attr]
-                }
-            )
-        note = f"KLD {self.trainer.recent or 0:.4f}, {format_duration(schedule.time_left())} left"
+            entry = {
+                "step": state.global_step,
+                "seconds": round(elapsed, 2),
+                "loss": round(self.trainer.recent or 0.0, 5),
+                "lr": self.trainer.lr_scheduler.get_last_lr()[0],  # type: ignore[union-attr]
+            }
+            state.log_history.append(entry if kld is None else {**entry, "kld": round(kld, 5)})
+        unseen = "" if self.kld is None else f"KLD {self.kld:.4f} on unseen text, "
+        note = f"loss {self.trainer.recent or 0:.4f}, {unseen}{format_duration(schedule.time_left())} left"
         self.bar.update(fraction, note)
         if fraction >= 1:
             control.should_training_stop = True
         elif time.monotonic() - self._saved > max(_SAVE_EVERY, schedule.seconds / 20):
             control.should_save = True
+
+    def _look(self, fraction: float, elapsed: float) -> float | None:
+        """The KLD on unseen rows, where it is time to look again."""
+        at, when, cost = self._looked
+        if fraction < 1 and (fraction < at + _LOOK_EVERY or (elapsed - when) * _LOOK_SHARE < cost):
+            return None
+        begin = time.monotonic()
+        kld = self.trainer.unseen_kld()
+        self._looked = fraction, elapsed, time.monotonic() - begin
+        self.kld = kld
+        return kld
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -217,14 +255,23 @@ class _Clock(TrainerCallback):  # type: ignore[misc]
 
 def latest_checkpoint(folder: Path) -> tuple[Path, float] | None:
     """The newest whole checkpoint and the seconds of distillation behind it; broken ones are removed."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    numbered = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
     whole = None
-    for path in found:
-        if whole is None and (path / _WHOLE).exists():
-            whole = path, float(json.loads((path / _WHOLE).read_text())["seconds"])
+    for path in sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        seconds = _seconds_behind(path)
+        if whole is None and seconds is not None:
+            whole = path, seconds
         else:
             shutil.rmtree(path, ignore_errors=True)
     return whole
+
+
+def _seconds_behind(checkpoint: Path) -> float | None:
+    """Seconds of distillation behind a checkpoint; None where it was not written to its end."""
+    try:
+        return float(json.loads((checkpoint / _WHOLE).read_text(encoding="utf-8"))["seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def distil(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from lowbit.errors import BadOption
 
 STARTS = ("calibrated", "nearest")
 PARAMETERS = ("full", "scales")
+PRECISIONS = ("auto", "float32", "bfloat16")
+# A sequence of one token has nothing to go on from.
+_LEAST = {"steps": 1, "sequence_length": 2, "batch_size": 1, "accumulate": 1, "warmup_steps": 0, "threads": 1, "seed": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,16 +56,19 @@ class TrainOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.minutes > 0:
-            raise BadOption("minutes must be above 0", found=self.minutes, hint="Try --minutes 10")
-        if self.steps is not None and self.steps < 1:
-            raise BadOption("steps must be 1 or more", found=self.steps)
+        if not 0 < self.minutes < math.inf:
+            raise BadOption("minutes must be a number above 0", found=self.minutes, hint="Try --minutes 10")
         for name, choices in (("start", STARTS), ("train", PARAMETERS), ("precision", PRECISIONS)):
             if getattr(self, name) not in choices:
                 raise BadOption(f"unknown {name}", found=getattr(self, name), expected=" or ".join(choices))
-        for name in ("sequence_length", "batch_size", "accumulate"):
-            if getattr(self, name) < 1:
-                raise BadOption(f"{name} must be 1 or more", found=getattr(self, name))
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise BadOption(f"{name} must be {least} or more", found=value)
+        for name in ("learning_rate", "clip"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise BadOption(f"{name} must be a number above 0", found=value)
         if self.targets != "hidden" and self.top_k is None:
             raise BadOption("unknown targets", found=self.targets, expected="hidden or topk:K, for example topk:64")
 
@@ -76,6 +83,3 @@ class TrainOptions:
         if self.learning_rate is not None:
             return self.learning_rate
         return 1e-4 if self.train == "full" else 5e-5
-
-
-PRECISIONS = ("auto", "float32", "bfloat16")

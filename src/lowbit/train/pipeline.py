@@ -19,7 +19,7 @@ import torch
 from lowbit import console
 from lowbit import recipe as recipes
 from lowbit.checkpoint import Checkpoint, open_checkpoint
-from lowbit.errors import BadOption
+from lowbit.errors import BadFile, BadOption
 from lowbit.files import replacing, write_json
 from lowbit.train import calibrate, data, precision
 from lowbit.train.fake_quant import assignment, prepare
@@ -34,6 +34,7 @@ _CALIBRATION_SHARE = 0.08
 _CALIBRATION_TOKENS = 32768
 _STEP_COST = 4.0  # a training step costs about four forward passes
 _FEWEST_SEQUENCES = 8
+_UNSEEN = 4  # sequences that are never trained on, to look at as the training goes
 _POOL = 4  # times what is wanted is read of the user's data, and what is wanted drawn from that
 _DAMPING = 0.01
 # Rounding errors of values add up over the positions that attention averages, and of queries and keys inside a softmax;
@@ -54,13 +55,17 @@ class Ledger:
         """Raises BadOption where the folder holds another run's work."""
         if not path.exists():
             return cls(path, facts={"key": key})
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        if saved["facts"]["key"] != key:
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            held, stages, facts = saved["facts"]["key"], dict(saved["stages"]), dict(saved["facts"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadFile("not a ledger of a run", where=path, hint="Remove the folder and run again") from error
+        if held != key:
             hint = "Choose another --out, or remove the folder to start again"
             raise BadOption(
                 "the folder holds a run of another model or with other options", where=path.parent, hint=hint
             )
-        return cls(path, saved["stages"], saved["facts"])
+        return cls(path, stages, facts)
 
     def spent(self) -> float:
         return sum(self.stages.values())
@@ -102,6 +107,8 @@ def train(
     if options.threads:
         torch.set_num_threads(options.threads)
     out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise BadOption("the checkpoint is a folder", where=out, found="a file", hint="Choose another --out")
     work = Path(work) if work is not None else out.with_name(out.name + ".work")
     with open_checkpoint(model) as checkpoint:
         recipe = recipes.get(options.recipe)
@@ -216,7 +223,7 @@ class _Run:
             while (left := seconds - (time.monotonic() - begin)) > 0.1 * seconds:
                 seed = self.options.seed + len(rounds)
                 rounds.append(data.sample(writer, self.tokenizer, self.length, left, seed))
-                bar.update(seconds - left, f"{sum(r.size for r in rounds)} tokens")
+                bar.update(time.monotonic() - begin, f"{sum(r.size for r in rounds)} tokens")
         return np.concatenate(rounds) if rounds else np.empty((0, self.length), np.int32)
 
     def _affordable(self, start: float) -> int:
@@ -302,6 +309,7 @@ class _Run:
                     dtype=self.dtype,
                     schedule=schedule,
                     folder=self.work / "trainer",
+                    held_out=min(_UNSEEN, len(self.sequences) // 8),
                 )
 
             _, curve = distil(make, self.options, seconds, self.work / "trainer")
