@@ -25,7 +25,8 @@ def test_the_file_holds_what_was_trained(tiny_llama: Callable[..., Path], tmp_pa
     gguf = out / "model-q4_0.gguf"
     assert done.stdout.splitlines()[-1] == str(gguf)
     name, norm = "model.layers.0.mlp.up_proj.weight", "model.norm.weight"
-    with open_checkpoint(folder) as before, open_checkpoint(out / "checkpoint") as trained, open_checkpoint(gguf) as file:
+    saved = out / "checkpoint"
+    with open_checkpoint(folder) as before, open_checkpoint(saved) as trained, open_checkpoint(gguf) as file:
         assert (trained.read(norm) != before.read(norm)).any()
         for each in trained.names:
             assert np.array_equal(trained.read(each), file.read(each)), each

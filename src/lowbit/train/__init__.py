@@ -4,6 +4,7 @@
 trainable by any Trainer; ``lowbit.train.load`` and ``save`` go from a checkpoint to a model and back.
 """
 
+# ruff: noqa: E402 (how threads wait is set before torch is loaded)
 from __future__ import annotations
 
 from lowbit import threads, verbs

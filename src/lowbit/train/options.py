@@ -11,7 +11,9 @@ STARTS = ("calibrated", "nearest")
 PARAMETERS = ("full", "scales")
 PRECISIONS = ("auto", "float32", "bfloat16")
 # A sequence of one token has nothing to go on from.
-_LEAST = {"steps": 1, "sequence_length": 2, "batch_size": 1, "accumulate": 1, "warmup_steps": 0, "threads": 1, "seed": 0}
+_LEAST = {
+    "steps": 1, "sequence_length": 2, "batch_size": 1, "accumulate": 1, "warmup_steps": 0, "threads": 1, "seed": 0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -191,26 +191,29 @@ class _Run:
             facts = self.ledger.facts
             if self.options.data is not None:
                 # Some more than there is time for, to draw from; a data set may have no end.
-                limit = _POOL * self._affordable(start)
+                limit = _POOL * self._affordable(self.left(start))
                 pool = data.load_sequences(self.options.data, self.tokenizer, self.length, limit)
                 sources = [{"name": self.options.data, "license": None}]
-                wanted = self._affordable(start)
+                wanted = self._affordable(self.left(start))
                 rows = np.random.default_rng(self.options.seed).permutation(len(pool))[:wanted]
                 sampled, text = np.empty((0, self.length), np.int32), pool[rows]
             else:
                 sampled = self._sample(start)
-                wanted = self._affordable(start)
+                wanted = self._affordable(self.left(start))
                 text = data.bundled_sequences(self.tokenizer, self.length)[: max(0, wanted - len(sampled))]
                 sources = [{"name": "written by the model itself", "license": self.checkpoint.license}]
                 if len(text):
                     sources += [{"name": name, "license": terms} for _, name, terms in data.BUNDLED]
             together = np.concatenate([sampled, text])
-            order = np.random.default_rng(self.options.seed).permutation(len(together))
-            self.sequences = together[order]
+            self.sequences = together[self._order(len(together))]
             facts["data"] = {"sampled_tokens": sampled.size, "text_tokens": text.size, "sources": sources}
             self.work.mkdir(parents=True, exist_ok=True)
             with replacing(path) as partial, open(partial, "wb") as handle:
                 np.save(handle, self.sequences)
+
+    def _order(self, n: int) -> np.ndarray:
+        """The order of n sequences, those written by the model first: what was sampled and what is text, mixed."""
+        return np.random.default_rng(self.options.seed).permutation(n)
 
     def _sample(self, start: float) -> np.ndarray:
         """Batches that the model writes, until their share of the budget is spent."""
@@ -226,11 +229,10 @@ class _Run:
                 bar.update(time.monotonic() - begin, f"{sum(r.size for r in rounds)} tokens")
         return np.concatenate(rounds) if rounds else np.empty((0, self.length), np.int32)
 
-    def _affordable(self, start: float) -> int:
-        """Sequences for which there is time both to ask the reference and to train on once."""
+    def _affordable(self, seconds: float) -> int:
+        """Sequences that ``seconds`` are enough for, to ask the reference about each and to train on each once."""
         if self.options.steps is not None:
             return max(_FEWEST_SEQUENCES, self.options.steps * self.options.batch_size * self.options.accumulate)
-        seconds = self.left(start) * (1 - _CALIBRATION_SHARE)
         tokens = seconds * self.ledger.facts["forward_tokens_per_second"] / (1 + _STEP_COST)
         return max(_FEWEST_SEQUENCES, int(tokens / self.length))
 
@@ -244,9 +246,7 @@ class _Run:
             with self.ledger.stage("calibrate", start):
                 found = self._calibrated(start) if self.options.start == "calibrated" else {}
                 save_tensors(found, path)
-        if not self.ledger.done("reference"):
-            with self.ledger.stage("reference"), console.progress("Asking the reference", n) as bar:
-                self.cache.fill(self.model, self.sequences, self.dtype, may_go_on=_telling(bar))
+        self._ask()
         found = safetensors.torch.load_file(path)
         for name, values in found.items():
             kind, _, tensor = name.partition(":")
@@ -257,6 +257,17 @@ class _Run:
         prepare(self.model, self.options.recipe, scales=scales, train=self.options.train)
         if not (self.work / "start" / "lowbit.json").exists():
             save(self.model, self.work / "start", like=self.checkpoint)
+
+    def _ask(self) -> None:
+        """What the reference says of the sequences that there is still time for, rounding having taken its own."""
+        facts = self.ledger.facts
+        if not self.ledger.done("reference"):
+            left = self.left(time.monotonic())
+            facts.setdefault("asked", max(self.cache.done, min(len(self.sequences), self._affordable(left))))
+            self.ledger.save()
+            with self.ledger.stage("reference"), console.progress("Asking the reference", facts["asked"]) as bar:
+                self.cache.fill(self.model, self.sequences, self.dtype, until=facts["asked"], may_go_on=_telling(bar))
+        self.sequences = self.sequences[: facts["asked"]]
 
     def _calibrated(self, start: float) -> dict[str, torch.Tensor]:
         """{"scales:NAME": float16, "weight:NAME": float32} for every matrix below 8 bits."""
@@ -340,8 +351,16 @@ class _Run:
             ],
             "stages": dict(stages),
             "curve": curve,
-            "data": {**facts["data"], "unique_tokens": int(self.sequences.size)},
+            "data": facts["data"] | self._used(),
         }
+
+    def _used(self) -> dict[str, int]:
+        """Tokens of what was trained on and looked at; not all that was gathered, where time was short."""
+        gathered = self.ledger.facts["data"]
+        n_sampled, n_text = gathered["sampled_tokens"] // self.length, gathered["text_tokens"] // self.length
+        rows = self._order(n_sampled + n_text)[: len(self.sequences)]
+        sampled, whole = int((rows < n_sampled).sum()) * self.length, int(self.sequences.size)
+        return {"sampled_tokens": sampled, "text_tokens": whole - sampled, "unique_tokens": whole}
 
 
 def _telling(bar: console.Progress) -> Callable[[int], bool]:
