@@ -12,11 +12,12 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-from transformers import Trainer, TrainingArguments
-
 import lowbit
-import lowbit.train
+import lowbit.train  # before torch: it sets how threads wait
+
+import torch  # isort: skip
+from transformers import Trainer, TrainingArguments  # isort: skip
+
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import LowbitError
 from lowbit.train.data import load_sequences

@@ -69,7 +69,7 @@ class Recipe:
                 where=info.name,
                 found=f"rows of {row}",
                 expected=f"a multiple of {grid.block_size}",
-                hint="Use --recipe f16",
+                hint="lowbit pack --recipe f16 packs it unquantized",
             )
         return grid.name
 

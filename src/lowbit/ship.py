@@ -57,18 +57,17 @@ def ship(
     speed and memory too. training: fields of ``lowbit.train.TrainOptions`` (minutes, recipe, data, seed, ...).
     Killed at any moment, the same call goes on where it was. Raises LowbitError.
     """
-    from lowbit.train import TrainOptions  # here, so that only the verbs that train import torch
+    # Here, so that only the verbs that train import torch.
+    from lowbit.train import TrainOptions
+    from lowbit.train.pipeline import check_trainable
 
     options = TrainOptions(**training)
-    recipe = recipes.get(options.recipe)
     held_out = Path(text) if text is not None else Path(str(resources.files("lowbit").joinpath("data", "held-out.txt")))
     check_text(held_out)
     if options.data is not None and Path(options.data).exists() and held_out.samefile(options.data):
         raise BadOption("--text is held out, and --data is trained on", where=text, hint="Give two different texts")
     with open_checkpoint(model) as checkpoint:
-        if not recipe.trained(checkpoint):
-            hint = f"lowbit pack --recipe {recipe.name} makes the file"
-            raise BadOption("this recipe has no low-bit weights to train", found=recipe.name, hint=hint)
+        check_trainable(checkpoint, options.recipe)
         run = _Run(checkpoint, Path(out), options, str(model))
         with run.claimed():
             run.pack_baselines()
@@ -118,7 +117,8 @@ class _Run:
         names = (RECORD, PAGE, "checkpoint", *(path.name for path in self._ggufs()))
         there = next((self.out / name for name in names if (self.out / name).exists()), None)
         if there is not None:
-            raise BadOption("the folder holds this already, not from a run", where=there, hint="Choose another --out")
+            found = "files, and no work/ to go on from"
+            raise BadOption("not a run to go on with", where=there.parent, found=found, hint="Choose another --out")
 
     def _start_over(self) -> None:
         """Lets another model or other options have the folder as long as no training has begun in it."""
@@ -224,6 +224,8 @@ class _Run:
             "license": self.checkpoint.license,
             "weights": self.checkpoint.n_weights,
             "sha256": files.sha256(path) if path.is_file() else None,
+            # Of a folder, what decides the weights; a hub id's files are named by their content already.
+            "files": {} if path.is_file() else {p.name: files.sha256(p) for p in _weight_files(path)},
         }
 
     def _described_files(self) -> dict[str, Any]:
@@ -282,6 +284,10 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise BadFile("not valid JSON", where=path, hint="Remove it and run again") from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted([*folder.glob("*.safetensors"), folder / "config.json"])
 
 
 def _is_command_line() -> bool:

@@ -266,7 +266,7 @@ class FolderCheckpoint(Checkpoint):
     @property
     def name(self) -> str:
         source = self.manifest.get("source", {}).get("name")
-        return _text(source) or _text(self.config.get("_name_or_path")) or self.path.resolve().name
+        return _text(source) or _text(self.config.get("_name_or_path")) or _folder_name(self.path.resolve())
 
     @property
     def license(self) -> str | None:
@@ -313,6 +313,13 @@ def read_json(path: Path, error_class: type[LowbitError]) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise error_class("not a JSON object", where=path)
     return value
+
+
+def _folder_name(path: Path) -> str:
+    """The folder's name; in huggingface_hub's cache (models--ORG--NAME/snapshots/COMMIT) the model's."""
+    repository = path.parent.parent.name
+    in_cache = path.parent.name == "snapshots" and repository.startswith("models--")
+    return repository.split("--", 2)[-1] if in_cache else path.name
 
 
 def _text(value: object) -> str | None:

@@ -111,7 +111,7 @@ def _from_hub(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+        folder = Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
     except Exception as error:
         # The client raises requests', httpx's, its own and OS errors; all of them mean: not to be had now.
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
@@ -122,6 +122,12 @@ def _from_hub(hub_id: str) -> Path:
             hint="Check the name and the network (HF_HUB_OFFLINE must be unset), log in with `hf auth login` if it "
             "is gated, or give the path of a folder you downloaded",
         ) from error
+    if not (folder / "config.json").exists():
+        hint = "If it holds GGUF files, download one (hf download) and give its path"
+        raise NotFound(
+            "this hub repository holds no model of safetensors", where=hub_id, expected="config.json", hint=hint
+        )
+    return folder
 
 
 _PACKAGED = {"smollm2-135m": _smollm2, "gemma3-270m": _gemma3}

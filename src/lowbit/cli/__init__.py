@@ -2,7 +2,7 @@
 
 Only the chosen verb's file is imported, and a verb's file imports its machinery when it runs, so that ``--help``
 answers at once. Exit codes: 0 done, 1 a fault of lowbit's own, 2 bad input or options, 3 the runtime failed, 130
-interrupted.
+interrupted, 141 the reader of the output left.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def build_parser(verb: str | None) -> Parser:
     parser = Parser(
         prog="lowbit",
         description="Take an open-weight language model to the low-bit artifact that will ship, and prove it.",
-        epilog="`lowbit VERB --help` explains a verb. Start with: lowbit ship smollm2-135m --minutes 3",
+        epilog="`lowbit VERB --help` explains a verb. Start with: lowbit ship smollm2-135m --minutes 3. "
+        "Exit codes: 0 done, 1 a fault of lowbit's own, 2 bad input or options, 3 the runtime failed, 130 interrupted, "
+        "141 the reader of the output left.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"lowbit {__version__}")

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=positive, default=512, metavar="N", help="of one answer (default: 512)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")
-    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all cores)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all it may use)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -15,8 +15,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", metavar="FILE", required=True, help="held-out text, UTF-8")
     parser.add_argument("--chunk", type=positive, default=512, metavar="N", help="tokens a chunk (default: 512)")
     parser.add_argument("--chunks", type=positive, metavar="N", help="how many chunks (default: the whole text)")
-    parser.add_argument("--kv-type", default="f16", metavar="TYPE", help="KV cache of the artifacts (default: f16)")
-    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all cores)")
+    parser.add_argument(
+        "--kv-type",
+        default="f16",
+        metavar="TYPE",
+        help="KV cache of the artifacts: f16 (default), q8_0, ...",
+    )
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all it may use)")
     parser.add_argument("--no-speed", action="store_true", help="leave out speed and memory")
     output.add_json(parser)
 

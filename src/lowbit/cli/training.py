@@ -28,6 +28,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def whole(text: str) -> int:
+    """argparse type: a whole number from 0 up."""
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"found {text!r}; expected a whole number from 0 up")
+    return int(text)
+
+
 def positive_number(text: str) -> float:
     """argparse type: a number above 0."""
     try:
@@ -46,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=minutes,
         metavar="N",
         default=10.0,
-        help="the dial: sampling, calibration and training together (default: 10)",
+        help="the dial: sampling, calibration and training together; packing and measuring come on top (default: 10)",
     )
     group.add_argument(
         "--steps",
@@ -54,14 +61,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="end distillation after N optimizer steps, however long they take (default: by --minutes)",
     )
-    group.add_argument("--recipe", default="q4_0", help="which tensor goes on which grid (default: q4_0)")
+    group.add_argument("--recipe", default="q4_0", help="the type of the trained matrices (default: q4_0)")
     group.add_argument(
         "--data",
         metavar="SOURCE",
         help="a text file, JSONL (text or messages), Parquet, or a datasets id; default: sampled from the model itself",
     )
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling and training (default: 0)")
-    group.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all cores)")
+    group.add_argument("--seed", type=whole, default=0, metavar="N", help="of sampling and training (default: 0)")
+    group.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all it may use)")
     group.add_argument(
         "--start",
         choices=("nearest", "calibrated"),
@@ -74,15 +81,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="full",
         help="what distillation moves: every weight (default), or the scales only",
     )
-    finer = parser.add_argument_group("training, finer", "what is not given is lowbit.train.TrainOptions' default")
-    finer.add_argument("--targets", metavar="T", help="hidden (the reference's exact probabilities) or topk:K")
-    finer.add_argument("--learning-rate", type=positive_number, metavar="X", help="peak, of AdamW")
-    finer.add_argument("--warmup-steps", type=positive, metavar="N", help="linear warm-up, before the cosine")
-    finer.add_argument("--batch-size", type=positive, metavar="N", help="sequences a forward pass")
-    finer.add_argument("--accumulate", type=positive, metavar="N", help="forward passes an optimizer step")
-    finer.add_argument("--sequence-length", type=positive, metavar="N", help="tokens a training sequence")
-    finer.add_argument("--clip", type=positive_number, metavar="X", help="gradient norm above which it is scaled down")
-    finer.add_argument("--precision", choices=("auto", "float32", "bfloat16"), help="of the matrix products")
+    finer = parser.add_argument_group("training, finer", "the defaults suit a model of some hundred million weights")
+    finer.add_argument("--targets", metavar="T", help="hidden (exact probabilities, the default) or topk:K")
+    finer.add_argument(
+        "--learning-rate",
+        type=positive_number,
+        metavar="X",
+        help="peak (default: 1e-4, for scales 5e-5)",
+    )
+    finer.add_argument("--warmup-steps", type=whole, metavar="N", help="linear warm-up (default: 8)")
+    finer.add_argument("--batch-size", type=positive, metavar="N", help="sequences a forward pass (default: 2)")
+    finer.add_argument("--accumulate", type=positive, metavar="N", help="forward passes an optimizer step (default: 1)")
+    finer.add_argument("--sequence-length", type=positive, metavar="N", help="tokens a sequence (default: 512)")
+    finer.add_argument("--clip", type=positive_number, metavar="X", help="largest gradient norm (default: 1)")
+    finer.add_argument("--precision", choices=("auto", "float32", "bfloat16"), help="of the products (default: auto)")
 
 
 def options(args: argparse.Namespace) -> dict[str, Any]:

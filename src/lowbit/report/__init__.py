@@ -114,7 +114,7 @@ def _plots(seen: Any) -> dict[str, dict[str, Any]]:
             made.setdefault("fidelity", {})[width_name] = charts.interval_plot(rows, axis, width=width)
         phases = [charts.Row(label=p.name, series=p.series, figure=p.kld) for p in seen.phases if p.kld]
         if phases:
-            axis = "KLD while training, nats per token"
+            axis = "mean KLD after each phase, nats per token"
             made.setdefault("phases", {})[width_name] = charts.interval_plot(phases, axis, width=width)
         if len(seen.loss) > 1 or len(seen.kld) > 1:
             made.setdefault("curve", {})[width_name] = charts.curve_plot(seen.loss, seen.kld, width=width)
@@ -132,7 +132,10 @@ def commands(path: str, name: str, recipe: str) -> list[tuple[str, str]]:
     return [
         ("llama.cpp, in the terminal", f"llama-cli -m {quoted}"),
         ("llama.cpp, as a server on this machine", f"llama-server -m {quoted} --host 127.0.0.1 --port 8080"),
-        ("Ollama", f"printf '%s\\n' {modelfile} > Modelfile\nollama create {tag} -f Modelfile\nollama run {tag}"),
+        (
+            "Ollama",
+            f"printf '%s\\n' {modelfile} > lowbit.Modelfile\nollama create {tag} -f lowbit.Modelfile\nollama run {tag}",
+        ),
         ("LM Studio", f"lms import --copy {quoted}"),
         ("lowbit", f"lowbit chat {quoted}"),
     ]

@@ -147,7 +147,8 @@ def build(record: dict[str, Any], run_dir: Path) -> View:
             (label, f"{count:,.0f}")
             for label, key in (("tokens sampled", "sampled_tokens"), ("tokens of text", "text_tokens"))
             if (count := number(data.get(key)))
-        ],
+        ]
+        + _how_trained(training),
         files=_files(files),
         source=_source(model),
         machine=machine,
@@ -160,6 +161,14 @@ def build(record: dict[str, Any], run_dir: Path) -> View:
         grids=_grids(mapping(record.get("grids"))),
         left_out=left_out,
     )
+
+
+def _how_trained(training: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the run decided for itself, where the options left it open."""
+    rate = number(training.get("learning_rate"))
+    facts = [("precision of the products", text(training.get("precision")))]
+    facts.append(("peak learning rate", f"{rate:g}" if rate else ""))
+    return [(label, value) for label, value in facts if value]
 
 
 def _moment(iso: str) -> str:
@@ -236,10 +245,10 @@ def _role(path: Any) -> str:
 
 def _text_facts(measured: dict[str, Any], artifacts: list[Artifact]) -> list[tuple[str, str]]:
     labels = {"name": "text", "tokens": "tokens in it", "chunk": "tokens a chunk", "sha256": "its SHA-256"}
-    labels |= {"kv type": "KV cache", "resamples": "bootstrap resamples"}
+    labels |= {"kv type": "KV cache", "resamples": "bootstrap resamples", "bootstrap units": "stretches drawn from"}
     about = {
         **mapping(measured.get("text")),
-        **_chosen(mapping(measured.get("options")), "chunk", "kv_type", "resamples"),
+        **_chosen(mapping(measured.get("options")), "chunk", "kv_type", "resamples", "bootstrap_units"),
     }
     about.pop("path", None)
     facts = [(labels.get(key, key), value) for key, value in _pairs(about)]
@@ -306,7 +315,10 @@ def _files(files: dict[str, Any]) -> list[File]:
 def _source(model: dict[str, Any]) -> list[tuple[str, str]]:
     labels = {"name": "model", "license": "licence", "sha256": "SHA-256"}
     ordered = _chosen(model, "name", "architecture", "weights", "license", "source", "sha256")
-    return [(labels.get(key, key), value) for key, value in _pairs({**ordered, **model})]
+    stored = mapping(model.get("files"))
+    rest = {key: value for key, value in model.items() if key != "files"}
+    facts = [(labels.get(key, key), value) for key, value in _pairs({**ordered, **rest})]
+    return facts + [(f"SHA-256 of its {name}", text(digest)) for name, digest in stored.items()]
 
 
 def _grids(grids: dict[str, Any]) -> list[tuple[str, str]]:

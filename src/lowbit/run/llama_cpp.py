@@ -293,11 +293,11 @@ class LlamaCpp:
         or when the context is full. temperature 0 is greedy and takes the lowest id of equals; otherwise the
         probabilities after temperature, then top_k (0: all), then top_p (1: all) are sampled with ``seed``.
         """
-        if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        if not 0 <= temperature < float("inf") or top_k < 0 or not 0 < top_p <= 1 or seed < 0:
             raise BadOption(
                 "impossible sampling options",
-                found=f"temperature={temperature}, top_k={top_k}, top_p={top_p}",
-                expected="temperature >= 0, top_k >= 0, 0 < top_p <= 1",
+                found=f"temperature={temperature}, top_k={top_k}, top_p={top_p}, seed={seed}",
+                expected="temperature >= 0, top_k >= 0, 0 < top_p <= 1, seed >= 0",
             )
         ids = self._fitting(tokens)
         self.reset()

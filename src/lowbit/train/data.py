@@ -56,6 +56,7 @@ def load_sequences(source: str, tokenizer: Any, length: int, limit: int | None =
 def pack_sequences(tokenizer: Any, documents: Iterable[str], length: int, limit: int | None = None) -> np.ndarray:
     """Documents end to end, each after the model's start token if it has one, cut into (n, length) int32.
 
+    A model with a start token was never without it, so every sequence begins with it, as measuring has it too.
     limit: the most sequences wanted; documents beyond it are not read.
     """
     start = start_token(tokenizer)
@@ -69,7 +70,18 @@ def pack_sequences(tokenizer: Any, documents: Iterable[str], length: int, limit:
             break
     n = len(tokens) // length
     n = n if limit is None else min(n, limit)
-    return np.array(tokens[: n * length], dtype=np.int32).reshape(n, length)
+    return _started(np.array(tokens[: n * length], dtype=np.int32).reshape(n, length), start)
+
+
+def _started(rows: np.ndarray, start: int | None) -> np.ndarray:
+    if start is not None:
+        rows[:, 0] = start
+    return rows
+
+
+def order(n: int, seed: int) -> np.ndarray:
+    """A permutation of n: how sequences of several sources are mixed, and the order of the first epoch."""
+    return np.random.default_rng(seed).permutation(n)
 
 
 def start_token(tokenizer: Any) -> int | None:
@@ -96,7 +108,7 @@ def sample(model: Any, tokenizer: Any, length: int, seconds: float, seed: int) -
         ]
     flat = np.concatenate([rows.numpy().reshape(-1) for rows in written]).astype(np.int32)
     n = len(flat) // length
-    return flat[: n * length].reshape(n, length)
+    return _started(flat[: n * length].reshape(n, length), start_token(tokenizer))
 
 
 def _prompts(tokenizer: Any, batch: int, length: int) -> list[torch.Tensor]:
@@ -108,7 +120,10 @@ def _prompts(tokenizer: Any, batch: int, length: int) -> list[torch.Tensor]:
     if not getattr(tokenizer, "chat_template", None):
         return [document]
     mark = "\u2063"  # a character no template writes: what stands before it opens the user's turn
-    opening = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False).split(mark)[0]
+    try:
+        opening = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False).split(mark)[0]
+    except Exception:  # a template may raise what it likes, here at a conversation without a system message
+        return [document]
     turn = tokenizer(opening, add_special_tokens=False)["input_ids"]
     if not 0 < len(turn) < length:
         return [document]
@@ -197,8 +212,19 @@ def _from_datasets(source: str, tokenizer: Any) -> Iterator[str]:
     except Exception as error:
         hint = "No such file either; check the id and the network, or give a local file"
         raise NotFound("cannot load this data set", where=source, found=type(error).__name__, hint=hint) from error
-    for row, record in enumerate(stream):
+    for row, record in enumerate(_pulled(stream, source)):
         yield _document(record, tokenizer, f"{source}, row {row}")
+
+
+def _pulled(stream: Iterable[Any], source: str) -> Iterator[Any]:
+    """The records of a stream over the network."""
+    try:
+        yield from stream
+    except GeneratorExit:
+        raise
+    except Exception as error:
+        hint = "Check the network, or give a local file"
+        raise NotFound("the data set broke off", where=source, found=type(error).__name__, hint=hint) from error
 
 
 def _document(record: Any, tokenizer: Any, where: str) -> str:

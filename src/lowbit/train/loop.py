@@ -129,6 +129,8 @@ class DistillationTrainer(Trainer):
             use_cpu=next(model.parameters()).device.type == "cpu",
             seed=options.seed,
         )
+        if arguments.n_gpu > 1:
+            arguments._n_gpu = 1  # Trainer would copy the model to every GPU
         super().__init__(model, arguments, train_dataset=SequenceOrder(sequences[:seen], options.seed))
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
@@ -168,7 +170,7 @@ class DistillationTrainer(Trainer):
             return self._head
         weight: torch.Tensor = model.get_output_embeddings().weight
         head = weight.to(self.dtype)
-        if not weight.requires_grad:
+        if torch.is_grad_enabled() and not weight.requires_grad:  # without gradients a head that moves says so too
             self._head = head
         return head
 

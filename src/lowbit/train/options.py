@@ -67,6 +67,8 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise BadOption(f"{name} must be {least} or more", found=value)
+        if self.seed >= 1 << 32:
+            raise BadOption("seed must be below 2^32", found=self.seed)
         for name in ("learning_rate", "clip"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:

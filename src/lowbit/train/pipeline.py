@@ -6,9 +6,7 @@ import copy
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +17,25 @@ import torch
 from lowbit import console
 from lowbit import recipe as recipes
 from lowbit.checkpoint import Checkpoint, open_checkpoint
-from lowbit.errors import BadFile, BadOption
-from lowbit.files import replacing, write_json
+from lowbit.checkpoint.model import MANIFEST
+from lowbit.errors import BadOption
+from lowbit.files import replacing
 from lowbit.train import calibrate, data, precision
 from lowbit.train.fake_quant import assignment, prepare
+from lowbit.train.ledger import Ledger
 from lowbit.train.loop import DistillationTrainer, Schedule, distil, latest_checkpoint
 from lowbit.train.model import load, load_tokenizer, save
 from lowbit.train.options import TrainOptions
+from lowbit.train.record import describe
 from lowbit.train.reference import ReferenceCache
 from lowbit.train.storage import save_tensors
 
 _SAMPLING_SHARE = 0.08  # of the budget, where nothing else is asked for
 _CALIBRATION_SHARE = 0.08
 _CALIBRATION_TOKENS = 32768
-_STEP_COST = 4.0  # a training step costs about four forward passes
+# A training step in forward passes of the body: measured on SmolLM2, 4.1 with the head's three products.
+_BODY_STEP = 3.3
+_ASKING_SHARE = 0.4  # of the time left, at most
 _FEWEST_SEQUENCES = 8
 _UNSEEN = 4  # sequences that are never trained on, to look at as the training goes
 _POOL = 4  # times what is wanted is read of the user's data, and what is wanted drawn from that
@@ -40,49 +43,6 @@ _DAMPING = 0.01
 # Rounding errors of values add up over the positions that attention averages, and of queries and keys inside a softmax;
 # moving them about made SmolLM2 worse (dev/LOG.md), where it helps these.
 _COMPENSATED = ("attn_o", "ffn_gate", "ffn_up", "ffn_down")
-
-
-@dataclass
-class Ledger:
-    """What the run has done and how long each stage took, in ``work/ledger.json``; survives a kill."""
-
-    path: Path
-    stages: dict[str, float] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def open(cls, path: Path, key: str) -> Ledger:
-        """Raises BadOption where the folder holds another run's work."""
-        if not path.exists():
-            return cls(path, facts={"key": key})
-        try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
-            held, stages, facts = saved["facts"]["key"], dict(saved["stages"]), dict(saved["facts"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise BadFile("not a ledger of a run", where=path, hint="Remove the folder and run again") from error
-        if held != key:
-            hint = "Choose another --out, or remove the folder to start again"
-            raise BadOption(
-                "the folder holds a run of another model or with other options", where=path.parent, hint=hint
-            )
-        return cls(path, stages, facts)
-
-    def spent(self) -> float:
-        return sum(self.stages.values())
-
-    def save(self) -> None:
-        write_json(self.path, {"stages": self.stages, "facts": self.facts})
-
-    @contextmanager
-    def stage(self, name: str, start: float | None = None) -> Iterator[None]:
-        """Times a stage; it counts as done when the block ends without an error."""
-        start = time.monotonic() if start is None else start
-        yield
-        self.stages[name] = self.stages.get(name, 0.0) + time.monotonic() - start
-        self.save()
-
-    def done(self, name: str) -> bool:
-        return name in self.stages
 
 
 @dataclass(frozen=True)
@@ -107,12 +67,10 @@ def train(
     if options.threads:
         torch.set_num_threads(options.threads)
     out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise BadOption("the checkpoint is a folder", where=out, found="a file", hint="Choose another --out")
     work = Path(work) if work is not None else out.with_name(out.name + ".work")
     with open_checkpoint(model) as checkpoint:
-        recipe = recipes.get(options.recipe)
-        recipe.assign(checkpoint)
+        check_trainable(checkpoint, options.recipe)
+        _check_free(out, work, checkpoint.path)
         ledger = Ledger.open(work / "ledger.json", run_key(checkpoint, options))
         run = _Run(checkpoint, options, ledger, work, out)
         if not ledger.done("export"):
@@ -123,15 +81,35 @@ def train(
         return TrainResult(out, work / "start", ledger.facts["record"])
 
 
+def check_trainable(checkpoint: Checkpoint, recipe: str) -> None:
+    """Raises BadOption where the recipe puts nothing on a low-bit grid, Unsupported where rows are not whole blocks."""
+    if not recipes.get(recipe).trained(checkpoint):
+        hint = f"lowbit pack --recipe {recipe} makes the file"
+        raise BadOption("this recipe has no low-bit weights to train", found=recipe, hint=hint)
+
+
+def _check_free(out: Path, work: Path, source: Path) -> None:
+    """Refuses a place where something else than this run's checkpoint would be replaced."""
+    hint = "Choose another --out"
+    if out.exists() and not out.is_dir():
+        raise BadOption("the checkpoint is a folder", where=out, found="a file", hint=hint)
+    if out.exists() and out.resolve() == source.resolve():
+        raise BadOption("the checkpoint would replace the model it is made from", where=out, hint=hint)
+    ours = (work / "ledger.json").exists() or (out / MANIFEST).exists()
+    if not ours and ((out / "config.json").exists() or any(out.glob("*.safetensors"))):
+        raise BadOption("the folder holds a model already", where=out, hint=hint)
+
+
 def run_key(checkpoint: Checkpoint, options: TrainOptions) -> str:
-    """Names the run: the model and every option. The threads of a machine may change."""
+    """Names the run: the model, as its files are now, and every option. The threads of a machine may change."""
     chosen = {**asdict(options), "threads": None}
-    stat = [(p.name, p.stat().st_size) for p in _model_files(checkpoint.path)]
+    # A model that was trained on and saved again has the sizes it had.
+    stat = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in _model_files(checkpoint.path)]
     return hashlib.sha256(json.dumps([str(checkpoint.path.resolve()), stat, chosen]).encode()).hexdigest()
 
 
 def _model_files(path: Path) -> list[Path]:
-    return sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    return sorted([*path.glob("*.safetensors"), *path.glob("*.json")]) if path.is_dir() else [path]
 
 
 class _Run:
@@ -176,7 +154,8 @@ class _Run:
         with precision.autocast(self.device, self.dtype):
             for _ in range(3):
                 start = time.perf_counter()
-                self.model.model(tokens, use_cache=False)
+                hidden = self.model.model(tokens, use_cache=False).last_hidden_state
+                float(hidden[0, -1, 0])  # waits for a device that runs on its own
                 best = min(best, time.perf_counter() - start)
         return self.length / best
 
@@ -205,36 +184,56 @@ class _Run:
                 if len(text):
                     sources += [{"name": name, "license": terms} for _, name, terms in data.BUNDLED]
             together = np.concatenate([sampled, text])
-            self.sequences = together[self._order(len(together))]
+            self.sequences = together[data.order(len(together), self.options.seed)]
             facts["data"] = {"sampled_tokens": sampled.size, "text_tokens": text.size, "sources": sources}
-            self.work.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as partial, open(partial, "wb") as handle:
-                np.save(handle, self.sequences)
-
-    def _order(self, n: int) -> np.ndarray:
-        """The order of n sequences, those written by the model first: what was sampled and what is text, mixed."""
-        return np.random.default_rng(self.options.seed).permutation(n)
+            _save_array(path, self.sequences)
+        for sampled_file in self._sampled_files():
+            sampled_file.unlink()
 
     def _sample(self, start: float) -> np.ndarray:
-        """Batches that the model writes, until their share of the budget is spent."""
-        seconds = _SAMPLING_SHARE * self.left(start)
-        rounds: list[np.ndarray] = []
-        begin = time.monotonic()
-        # A copy in the products' dtype: autocast would convert every weight again for every token.
-        writer = copy.deepcopy(self.model).to(self.dtype) if self.dtype != torch.float32 else self.model
+        """Batches that the model writes, until their share of the budget is spent; each on disk when it is whole."""
+        earlier = self.ledger.earlier.get("data", 0.0)
+        seconds = _SAMPLING_SHARE * (self.left(start) + earlier)
+        begin = time.monotonic() - earlier
+        rounds = [np.load(path) for path in self._sampled_files()]
+        writer = self._writer()
         with console.progress("Sampling from the reference", seconds) as bar:
             while (left := seconds - (time.monotonic() - begin)) > 0.1 * seconds:
-                seed = self.options.seed + len(rounds)
+                seed = (self.options.seed + len(rounds)) % (1 << 32)
                 rounds.append(data.sample(writer, self.tokenizer, self.length, left, seed))
+                _save_array(self.work / f"sampled-{len(rounds):04}.npy", rounds[-1])
+                self.ledger.tick()
                 bar.update(time.monotonic() - begin, f"{sum(r.size for r in rounds)} tokens")
         return np.concatenate(rounds) if rounds else np.empty((0, self.length), np.int32)
+
+    def _sampled_files(self) -> list[Path]:
+        return sorted(self.work.glob("sampled-*.npy"))
+
+    def _writer(self) -> Any:
+        """The model with its weights in the products' dtype: autocast would convert each again for every token."""
+        if self.dtype == torch.float32:
+            return self.model
+        writer = copy.deepcopy(self.model)
+        for parameter in writer.parameters():  # and not the buffers: the rotary frequencies stay float32
+            parameter.data = parameter.data.to(self.dtype)
+        return writer
 
     def _affordable(self, seconds: float) -> int:
         """Sequences that ``seconds`` are enough for, to ask the reference about each and to train on each once."""
         if self.options.steps is not None:
             return max(_FEWEST_SEQUENCES, self.options.steps * self.options.batch_size * self.options.accumulate)
-        tokens = seconds * self.ledger.facts["forward_tokens_per_second"] / (1 + _STEP_COST)
+        head = self._head_share()
+        is_top_k = self.options.top_k is not None
+        # The head's products: the student's, its gradient, and the reference's, which top-k targets are asked for once.
+        asking, step = (1 + head, _BODY_STEP + 2 * head) if is_top_k else (1.0, _BODY_STEP + 3 * head)
+        tokens = seconds * self.ledger.facts["forward_tokens_per_second"] / (asking + step)
         return max(_FEWEST_SEQUENCES, int(tokens / self.length))
+
+    def _head_share(self) -> float:
+        """Weights of the output head over those of the body: what a head's product costs in forward passes."""
+        ends = {id(module.weight) for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings())}
+        body = sum(p.numel() for p in self.model.parameters() if p.ndim == 2 and id(p) not in ends)
+        return float(self.reference_head.numel() / max(1, body))
 
     def calibrate(self) -> None:
         """The start: scales, and weights that round to the start's codes; also written as a checkpoint of its own."""
@@ -247,27 +246,39 @@ class _Run:
                 found = self._calibrated(start) if self.options.start == "calibrated" else {}
                 save_tensors(found, path)
         self._ask()
+        with self.ledger.stage("prepare"):
+            self._prepare(path)
+
+    @torch.no_grad()
+    def _prepare(self, path: Path) -> None:
+        """Puts the start into the model and the fake quantizers around it, and writes the start as a checkpoint."""
         found = safetensors.torch.load_file(path)
         for name, values in found.items():
             kind, _, tensor = name.partition(":")
             if kind == "weight":
-                with torch.no_grad():
-                    self.model.get_parameter(tensor).copy_(values)
+                self.model.get_parameter(tensor).copy_(values)
         scales = {name.partition(":")[2]: v.to(self.device) for name, v in found.items() if name.startswith("scales:")}
         prepare(self.model, self.options.recipe, scales=scales, train=self.options.train)
-        if not (self.work / "start" / "lowbit.json").exists():
+        if not (self.work / "start" / MANIFEST).exists():
             save(self.model, self.work / "start", like=self.checkpoint)
 
     def _ask(self) -> None:
         """What the reference says of the sequences that there is still time for, rounding having taken its own."""
-        facts = self.ledger.facts
         if not self.ledger.done("reference"):
-            left = self.left(time.monotonic())
-            facts.setdefault("asked", max(self.cache.done, min(len(self.sequences), self._affordable(left))))
-            self.ledger.save()
-            with self.ledger.stage("reference"), console.progress("Asking the reference", facts["asked"]) as bar:
-                self.cache.fill(self.model, self.sequences, self.dtype, until=facts["asked"], may_go_on=_telling(bar))
-        self.sequences = self.sequences[: facts["asked"]]
+            begin = time.monotonic()
+            left = self.left(begin)
+            wanted = max(self.cache.done, min(len(self.sequences), self._affordable(left)))
+            with self.ledger.stage("reference", begin), console.progress("Asking the reference", wanted) as bar:
+
+                def may_go_on(done: int) -> bool:
+                    bar.update(done)
+                    self.ledger.tick()
+                    in_time = time.monotonic() - begin < _ASKING_SHARE * left
+                    return in_time or self.options.steps is not None or done < _FEWEST_SEQUENCES
+
+                self.cache.fill(self.model, self.sequences, self.dtype, until=wanted, may_go_on=may_go_on)
+                self.ledger.facts["asked"] = self.cache.done
+        self.sequences = self.sequences[: self.ledger.facts["asked"]]
 
     def _calibrated(self, start: float) -> dict[str, torch.Tensor]:
         """{"scales:NAME": float16, "weight:NAME": float32} for every matrix below 8 bits."""
@@ -277,7 +288,7 @@ class _Run:
         linear = {name: module for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
         affordable = _CALIBRATION_SHARE * self.left(start) * self.ledger.facts["forward_tokens_per_second"] / 2
         until = int(min(_CALIBRATION_TOKENS, max(4 * self.length, affordable)) // self.length)
-        until = min(len(self.sequences), max(2, until))
+        until = min(len(self.sequences) - _held_out(len(self.sequences)), max(2, until))
         moments = calibrate.InputMoments(linear)
         try:
             # What the reference says of these rows is not wanted twice, so their targets are kept as well.
@@ -297,6 +308,7 @@ class _Run:
                     weight = calibrate.compensate(weight, scales, second, grid, _DAMPING)
                 found[f"weight:{name}"] = weight.cpu().contiguous()
                 bar.update(done)
+                self.ledger.tick()
         return found
 
     def distil(self) -> None:
@@ -320,55 +332,31 @@ class _Run:
                     dtype=self.dtype,
                     schedule=schedule,
                     folder=self.work / "trainer",
-                    held_out=min(_UNSEEN, len(self.sequences) // 8),
+                    held_out=_held_out(len(self.sequences)),
                 )
 
             _, curve = distil(make, self.options, seconds, self.work / "trainer")
         distilled = curve[-1]["seconds"] if curve else time.monotonic() - start
+        for parameter in trained:
+            if not bool(torch.isfinite(parameter).all()):
+                hint = "Start again in another --out with a smaller --learning-rate"
+                raise BadOption("the training has diverged", where=self.out, found="NaN or Inf", hint=hint)
         save(self.model, self.out, like=self.checkpoint)
-        self.ledger.facts["record"] = self._record(curve, distilled)
         self.ledger.stages["distil"] = distilled
+        trained_on = len(self.sequences) - _held_out(len(self.sequences))
+        self.ledger.facts["record"] = describe(self.options, self.ledger, curve, distilled, trained_on)
         self.ledger.stages["export"] = 0.0
         self.ledger.save()
 
-    def _record(self, curve: list[dict[str, Any]], distilled: float) -> dict[str, Any]:
-        """The report's section on training."""
-        facts, stages = self.ledger.facts, self.ledger.stages
-        calibrated = {"seconds": stages["calibrate"], "tokens": facts.get("calibration_tokens", 0)}
-        steps = curve[-1]["step"] if curve else 0
-        tokens = steps * self.options.batch_size * self.options.accumulate * self.length
-        return {
-            "minutes": self.options.minutes,
-            "precision": facts["dtype"],
-            "phases": [
-                {"name": "nearest", "seconds": 0.0, "tokens": 0, "detail": "ggml's own rounding"},
-                *(
-                    [{"name": "calibrated", **calibrated, "detail": "scale search and error compensation"}]
-                    if self.options.start == "calibrated"
-                    else []
-                ),
-                {"name": "distilled", "seconds": distilled, "tokens": tokens, "detail": f"{steps} steps"},
-            ],
-            "stages": dict(stages),
-            "curve": curve,
-            "data": facts["data"] | self._used(),
-        }
 
-    def _used(self) -> dict[str, int]:
-        """Tokens of what was trained on and looked at; not all that was gathered, where time was short."""
-        gathered = self.ledger.facts["data"]
-        n_sampled, n_text = gathered["sampled_tokens"] // self.length, gathered["text_tokens"] // self.length
-        rows = self._order(n_sampled + n_text)[: len(self.sequences)]
-        sampled, whole = int((rows < n_sampled).sum()) * self.length, int(self.sequences.size)
-        return {"sampled_tokens": sampled, "text_tokens": whole - sampled, "unique_tokens": whole}
+def _held_out(n: int) -> int:
+    """How many of n sequences are kept out of training."""
+    return min(_UNSEEN, n // 8)
 
 
-def _telling(bar: console.Progress) -> Callable[[int], bool]:
-    def tell(done: int) -> bool:
-        bar.update(done)
-        return True
-
-    return tell
+def _save_array(path: Path, values: np.ndarray) -> None:
+    with replacing(path) as partial, open(partial, "wb") as handle:
+        np.save(handle, values)
 
 
 def choose_parameters(model: Any, train: str, names: tuple[str, ...]) -> list[torch.nn.Parameter]:

@@ -59,14 +59,14 @@ class ReferenceCache:
         """
         until = self.n if until is None else until
         device = next(model.parameters()).device
-        head = model.get_output_embeddings().weight
+        head = model.get_output_embeddings().weight.to(dtype) if self.top_k is not None else None
         noted = self.done
         while self.done < until and may_go_on(self.done):
             rows = slice(self.done, min(until, self.done + batch))
             tokens = torch.from_numpy(sequences[rows].astype(np.int64)).to(device)
             with autocast(device, dtype):
                 hidden = model.model(tokens, use_cache=False).last_hidden_state.float()
-            if self.top_k is None:
+            if head is None or self.top_k is None:
                 self._arrays["hidden"][rows] = hidden.half().cpu().numpy()
             else:
                 top, log_p = top_k_targets(hidden.flatten(0, 1), head, self.top_k)

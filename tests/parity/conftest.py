@@ -1,0 +1,19 @@
+"""Tells the largest differences that the parity tests met, also where all of them passed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    lines = []
+    for report in terminalreporter.getreports("passed"):
+        found = dict(report.user_properties)
+        if report.when == "call" and "largest_kl" in found:
+            name = report.nodeid.rpartition("::")[2]
+            difference, kl = found["largest_logit_difference"], found["largest_kl"]
+            lines.append(f"{name}: largest logit difference {difference:.1e}, largest KL {kl:.1e} nats")
+    if lines:
+        terminalreporter.section("parity of llama.cpp with transformers")
+        for line in lines:
+            terminalreporter.write_line(line)
