@@ -68,7 +68,15 @@ def test_the_record(run: Path) -> None:
         assert entry["size_bytes"] == (run / name).stat().st_size
         assert len(entry["sha256"]) == 64
     assert [phase["name"] for phase in record["training"]["phases"]] == ["nearest", "calibrated", "distilled"]
-    assert record["training"]["curve"][-1]["step"] == 3
+    training = record["training"]
+    assert training["curve"][-1]["step"] == 3 and training["curve"][-1]["kld"] > 0
+    assert training["learning_rate"] == 1e-4 and training["precision"] in ("float32", "bfloat16")
+    # What the run says it took is what its stages took, distillation included.
+    seconds = {stage["name"]: stage["seconds"] for stage in record["stages"]}
+    assert training["stages"]["distil"] > 0
+    assert seconds["train"] >= sum(training["stages"].values()) - 0.01
+    assert training["data"]["unique_tokens"] == training["phases"][-1]["tokens"] == 3 * 2 * 512
+    assert set(record["model"]["files"]) == {"config.json", "model.safetensors"}
     measured = {Path(a["path"]).name: a["fidelity"] for a in record["measure"]["artifacts"]}
     assert list(measured) == ["naive-q4_0.gguf", "calibrated-q4_0.gguf", "model-q4_0.gguf"]
     for fidelity in measured.values():

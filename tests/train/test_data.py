@@ -115,7 +115,10 @@ def test_a_document_starts_as_the_tokenizer_starts_it(starting_tokenizer: Any, t
     got = data.load_sequences(source, starting_tokenizer, 8)
     # The chat template has put the token there already: it is not doubled.
     one_by_one = [[1], tokens_of(starting_tokenizer, TEXTS[0], TALK_TEXT), [1], tokens_of(starting_tokenizer, TEXTS[1])]
-    same(got, expected_sequences([token for part in one_by_one for token in part], 8))
+    expected = expected_sequences([token for part in one_by_one for token in part], 8)
+    expected[:, 0] = 1  # and every sequence is read from a start, as measuring reads its chunks
+    assert len(expected) > 3
+    same(got, expected)
 
 
 BAD_FILES: dict[str, tuple[str, bytes, str, str]] = {

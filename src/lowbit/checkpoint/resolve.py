@@ -42,6 +42,7 @@ def resolve(model: str | Path) -> Path:
         "no such model",
         where=model,
         expected=f"a folder, a .gguf file, a hub id like org/name, or one of {', '.join(_PACKAGED)}",
+        hint="Check the spelling and the folder you are in",
     )
 
 

@@ -70,6 +70,7 @@ def _decoded(path: Path, digest: hashlib._Hash) -> Iterator[str]:
                         where=path,
                         found=f"a NUL at byte {offset + nul}",
                         expected="UTF-8 text",
+                        hint=_PROSE,
                     )
                 try:
                     text = decoder.decode(raw, final=not raw)

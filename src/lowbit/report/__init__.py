@@ -62,7 +62,8 @@ def read_record(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise BadFile("not JSON", where=path, found=error) from error
+        hint = "Remove it and run the same `lowbit ship` again: it writes the record anew"
+        raise BadFile("not JSON", where=path, found=error, expected="the record of a run", hint=hint) from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         found = record.get("format") if isinstance(record, dict) else type(record).__name__
         raise BadFile("not the record of a run", where=path, found=repr(found), expected=f'"format": "{FORMAT}"')

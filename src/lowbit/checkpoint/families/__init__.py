@@ -42,7 +42,7 @@ def by_config(config: dict[str, Any], where: object) -> Family:
             return family
     supported = [name for family in _families().values() for name in family.architectures]
     found = ", ".join(map(str, architectures)) or f"model_type {model_type}"
-    raise Unsupported("unsupported architecture", where=where, found=found, expected=f"one of {', '.join(supported)}")
+    raise _unsupported(where, found, supported)
 
 
 def by_arch(arch: object, where: object) -> Family:
@@ -50,5 +50,10 @@ def by_arch(arch: object, where: object) -> Family:
     for family in _families().values():
         if family.arch == arch:
             return family
-    supported = ", ".join(family.arch for family in _families().values())
-    raise Unsupported("unsupported architecture", where=where, found=str(arch)[:60], expected=f"one of {supported}")
+    raise _unsupported(where, str(arch)[:60], [family.arch for family in _families().values()])
+
+
+def _unsupported(where: object, found: str, supported: list[str]) -> Unsupported:
+    expected = f"one of {', '.join(supported)}"
+    hint = "Models fine-tuned from one of these are supported too"
+    return Unsupported("unsupported architecture", where=where, found=found, expected=expected, hint=hint)
