@@ -20,9 +20,9 @@ def test_set_before_openmp_loads(load: str, given: dict[str, str], expected: str
     watch = (
         "import builtins, sys, os\n"
         "real = builtins.__import__\n"
-        "def watching(name, *rest):\n"
+        "def watching(name, *rest, **more):\n"
         "    if name == 'torch' and 'torch' not in sys.modules: print('seen', os.environ.get('OMP_WAIT_POLICY'))\n"
-        "    return real(name, *rest)\n"
+        "    return real(name, *rest, **more)\n"
         "builtins.__import__ = watching\n"
     )
     done = subprocess.run(

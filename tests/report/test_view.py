@@ -77,7 +77,7 @@ def test_figures_without_machine_or_hash_are_left_out(sample: dict[str, Any], ru
 def test_commands_quote_the_path() -> None:
     made = dict(report.commands("/tmp/it's here/model.gguf", "Org/Name (v1)", "q4_0"))
     assert made["LM Studio"] == "lms import --copy '/tmp/it'\"'\"'s here/model.gguf'"
-    assert "ollama create org-name-v1-q4_0 -f Modelfile" in made["Ollama"]
+    assert "ollama create org-name-v1-q4_0 -f lowbit.Modelfile" in made["Ollama"]
 
 
 @pytest.mark.parametrize(("high", "last", "count"), [(0.423, 0.5, 6), (1.0, 1.0, 6), (7.3, 8.0, 5), (0.0, 1.0, 2)])

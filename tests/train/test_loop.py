@@ -285,9 +285,11 @@ def test_training_comes_closer_to_the_reference(
     tiny_folder: Path, prose: Path, tmp_path: Path, one_thread: None
 ) -> None:
     options = TrainOptions(
-        steps=40, start="nearest", data=str(prose), sequence_length=16, batch_size=4, learning_rate=2e-3,
+        steps=60, start="nearest", data=str(prose), sequence_length=16, batch_size=4, learning_rate=5e-4,
         precision="float32", threads=1,
     )  # fmt: skip
     curve = lowbit.train(tiny_folder, tmp_path / "out", options=options).record["curve"]
-    assert curve[-1]["step"] == 40
-    assert 0 < curve[-1]["loss"] < 0.8 * curve[0]["loss"]
+    assert curve[-1]["step"] == 60
+    # On sequences that it never saw, and within what was trained.
+    assert 0 < curve[-1]["kld"] < 0.6 * curve[0]["kld"]
+    assert 0 < curve[-1]["loss"] < 0.6 * curve[0]["loss"]

@@ -145,7 +145,7 @@ def test_unseen_sequences_are_kept_from_all_of_training(
     assert set(trained) == set(range(n - 3))
     assert calibrated[0] <= 32 * (n - 3)
     klds = [point["kld"] for point in done.record["curve"] if "kld" in point]
-    assert len(klds) > 2 and klds[-1] < klds[0]
+    assert len(klds) >= 2 and klds[-1] < klds[0]  # how often is a matter of its cost
 
 
 def test_sampled_batches_survive_a_kill(
