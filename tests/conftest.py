@@ -24,6 +24,8 @@ TINY_GEMMA3: dict[str, Any] = {
     "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 
+TINY_QWEN3: dict[str, Any] = TINY_LLAMA | {"head_dim": 32}
+
 
 def byte_tokenizer() -> dict[str, Any]:
     """A tokenizer.json of 3 special tokens, 256 bytes and a few merges, split as SmolLM's."""
@@ -94,6 +96,19 @@ def tiny_llama(tmp_path: Path) -> Callable[..., Path]:
 
         save_tiny(tmp_path / "llama", LlamaConfig(**TINY_LLAMA | changes))
         return tmp_path / "llama"
+
+    return make
+
+
+@pytest.fixture
+def tiny_qwen3(tmp_path: Path) -> Callable[..., Path]:
+    """tiny_qwen3(**changes) saves a tiny Qwen3ForCausalLM with a tokenizer and gives its folder."""
+
+    def make(**changes: Any) -> Path:
+        from transformers import Qwen3Config
+
+        save_tiny(tmp_path / "qwen3", Qwen3Config(**TINY_QWEN3 | changes))
+        return tmp_path / "qwen3"
 
     return make
 

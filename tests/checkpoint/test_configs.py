@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 
 from lowbit.checkpoint import families
+from lowbit.errors import Unsupported
 
 SMOLLM2 = {
     "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1,
@@ -30,6 +32,15 @@ LLAMA_3_2 = {
     },
     "rope_theta": 500000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
     "transformers_version": "4.45.0.dev0", "use_cache": True, "vocab_size": 128256,
+}  # fmt: skip
+QWEN_3_0_6B = {
+    "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 151643,
+    "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024, "initializer_range": 0.02,
+    "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28, "model_type": "qwen3",
+    "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8, "rms_norm_eps": 1e-06,
+    "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False,
+    "vocab_size": 151936,
 }  # fmt: skip
 GEMMA_3_1B = {
     "architectures": ["Gemma3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
@@ -73,6 +84,18 @@ def test_llama_3_2() -> None:
     assert (factors[:13] == 1.0).all()
     assert (factors[-10:] == 32.0).all()
     assert (np.diff(factors) >= 0).all()
+
+
+def test_qwen_3() -> None:
+    values = metadata(QWEN_3_0_6B)
+    assert (values["qwen3.rope.freq_base"], values["qwen3.attention.key_length"]) == (1000000.0, 128)
+    for changed in (
+        {"use_sliding_window": True},
+        {"attention_bias": True},
+        {"layer_types": ["sliding_attention"] * 28},
+    ):
+        with pytest.raises(Unsupported, match=next(iter(changed))):
+            metadata(QWEN_3_0_6B | changed)
 
 
 def test_gemma_3_1b() -> None:

@@ -32,6 +32,15 @@ LLAMAS: dict[str, dict[str, Any]] = {
     "biases": {"attention_bias": True, "mlp_bias": True},
     "epsilon": {"rms_norm_eps": 1e-2},
 }
+QWENS: dict[str, dict[str, Any]] = {
+    "untied, grouped queries": {},
+    "tied": {"tie_word_embeddings": True},
+    "one key-value head": {"num_key_value_heads": 1},
+    "head_dim of its own": {"head_dim": 64},
+    "rope theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
+    "rope linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    "epsilon": {"rms_norm_eps": 1e-2},
+}
 _LOCAL = {"rope_type": "default", "rope_theta": 10000.0}
 GEMMAS: dict[str, dict[str, Any]] = {
     "window shorter than the text": {},
@@ -93,6 +102,13 @@ def test_llama(tiny_llama: Callable[..., Path], tmp_path: Path, record_property:
     compare(llama_cpp_logits(tmp_path / "f32.gguf", tokens), transformers_logits(folder, tokens), record_property, 1e-6)
 
 
+@pytest.mark.parametrize("variant", QWENS)
+def test_qwen3(tiny_qwen3: Callable[..., Path], tmp_path: Path, record_property: Any, variant: str) -> None:
+    folder, tokens = tiny_qwen3(**QWENS[variant]), tokens_of()
+    lowbit.pack(folder, "f32", tmp_path / "f32.gguf")
+    compare(llama_cpp_logits(tmp_path / "f32.gguf", tokens), transformers_logits(folder, tokens), record_property, 1e-6)
+
+
 @pytest.mark.parametrize("variant", GEMMAS)
 def test_gemma3(tiny_gemma3: Callable[..., Path], tmp_path: Path, record_property: Any, variant: str) -> None:
     folder, tokens = tiny_gemma3(**GEMMAS[variant]), tokens_of()
@@ -109,6 +125,17 @@ def test_a_packed_file_is_read_back_as_the_same_model(tiny_llama: Callable[..., 
     with open_checkpoint(tmp_path / "f32.gguf") as packed:
         write_checkpoint(tmp_path / "back", packed, (Tensor(name=n, values=packed.read(n)) for n in packed.names))
     assert (transformers_logits(tmp_path / "back", tokens) == transformers_logits(folder, tokens)).all()
+
+
+def test_a_packed_qwen3_is_read_back_as_the_same_model(tiny_qwen3: Callable[..., Path], tmp_path: Path) -> None:
+    from lowbit.checkpoint import open_checkpoint
+
+    folder = tiny_qwen3(tie_word_embeddings=True)
+    lowbit.pack(folder, "f32", tmp_path / "f32.gguf")
+    with open_checkpoint(folder) as source, open_checkpoint(tmp_path / "f32.gguf") as packed:
+        assert packed.names == source.names
+        assert all(np.array_equal(packed.read(name), source.read(name)) for name in source.names)
+        assert packed.family.metadata(packed.config) == source.family.metadata(source.config)
 
 
 def test_smollm2(packaged_gguf: Callable[[str], Path], tmp_path: Path, record_property: Any) -> None:

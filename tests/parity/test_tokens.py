@@ -50,6 +50,14 @@ LLAMA3 = {
     ],
 }
 
+QWEN2 = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": packer._QWEN2}, "behavior": "Isolated", "invert": False},
+        BYTE_LEVEL | {"use_regex": False},
+    ],
+}
+
 
 def smollm_as_released(folder: Path) -> None:
     """transformers rebuilds the tokenizer of a GGUF as GPT-2's; the released one splits digits first."""
@@ -62,6 +70,11 @@ def llama3_style(folder: Path) -> None:
     tokenizer = json.loads((folder / "tokenizer.json").read_text("utf-8"))
     tokenizer["model"]["ignore_merges"] = True
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
+
+
+def qwen_style(folder: Path) -> None:
+    """SmolLM's vocabulary under Qwen's composing and splitting; the texts above are composed already."""
+    change(folder, normalizer={"type": "NFC"}, pre_tokenizer=QWEN2)
 
 
 def llama2_style(folder: Path) -> None:
@@ -84,6 +97,7 @@ CASES: dict[str, tuple[str, Callable[[Path], None] | None, str]] = {
     "smollm2, from its GGUF": ("smollm2-135m", None, "gpt-2"),
     "smollm2, as released": ("smollm2-135m", smollm_as_released, "smollm"),
     "llama 3 style": ("smollm2-135m", llama3_style, "llama-bpe"),
+    "qwen style": ("smollm2-135m", qwen_style, "qwen2"),
     "gemma 3": ("gemma3-270m", None, "default"),
     "llama 2 style": ("gemma3-270m", llama2_style, "default"),
 }

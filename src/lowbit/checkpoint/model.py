@@ -13,7 +13,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from lowbit import grid as grids
-from lowbit.checkpoint import families, safetensors_file
+from lowbit.checkpoint import compressed_tensors, families, safetensors_file
 from lowbit.checkpoint.families.base import Family, TensorSpec
 from lowbit.checkpoint.gguf_file import Field, GgufFile
 from lowbit.checkpoint.resolve import resolve
@@ -221,15 +221,24 @@ class FolderCheckpoint(Checkpoint):
     def __init__(self, path: Path) -> None:
         config_path = path / "config.json"
         config = read_json(config_path, BadConfig)
+        packed = compressed_tensors.check_scheme(config, config_path)
+        config.pop(compressed_tensors.KEY, None)
         family = families.by_config(config, config_path)
         super().__init__(path, "safetensors", family.text_config(config, config_path), family)
         self._files = safetensors_file.open_folder(path)
-        self._stored = {name: family.stored_name(name, self._files) for name in self.names}
+        self._packed = compressed_tensors.matrices(self._files) if packed else set()  # by stored name
+        stored_names = self._files.keys() | self._packed
+        self._stored = {name: family.stored_name(name, stored_names) for name in self.names}
+        used = set(self._stored.values())
         for spec in self.specs.values():
             stored = self._stored[spec.name]
+            if stored in self._packed:
+                compressed_tensors.check_parts(self._files, stored, spec.shape)
+                used |= {*compressed_tensors.parts(stored)}
+                continue
             file = self._files.get(stored)
             _check_shape(path, spec, file.entries[stored] if file else None, stored)
-        for stored in sorted(set(self._files) - set(self._stored.values())):
+        for stored in sorted(set(self._files) - used):
             if not family.ignorable(stored, self.config):
                 hint = "Is config.json the one that belongs to these weights?"
                 raise BadFile("a tensor that the config does not have", where=f"{path}: {stored}", hint=hint)
@@ -285,17 +294,23 @@ class FolderCheckpoint(Checkpoint):
     def info(self, name: str) -> TensorInfo:
         spec = self._spec(name)
         stored = self._stored[name]
+        if stored in self._packed:
+            return _info(spec, "I4", compressed_tensors.GRID)
         return _info(spec, self._files[stored].entries[stored].dtype, self._grids.get(name))
 
     def read(self, name: str) -> np.ndarray:
         spec = self._spec(name)
         stored = self._stored[name]
+        if stored in self._packed:
+            return compressed_tensors.read(self._files, stored)
         file = self._files[stored]
         where = f"{file.path}: {stored}"
         return safetensors_file.to_float32(file.raw(stored), file.entries[stored].dtype, spec.shape, where)
 
     def blocks(self, name: str) -> np.ndarray | None:
         spec = self._spec(name)
+        if self._stored[name] in self._packed:
+            return compressed_tensors.blocks(self._files, self._stored[name])
         if name not in self._grids or self._blocks is None:
             return None
         return self._blocks.raw(name).reshape(spec.shape[0], -1).copy()

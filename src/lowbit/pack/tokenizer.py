@@ -23,6 +23,8 @@ _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Qwen 2 and 3: numbers a digit at a time, else the same.
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 _SPECIAL_KEYS = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
 _ABSENT_SCORE = -1000.0  # what llama.cpp's converter gives tokens that no merge may make
 _SPACE = "▁"
@@ -66,7 +68,11 @@ def metadata(folder: Path, config: Mapping[str, Any], vocab_size: int) -> list[F
 
 
 def _byte_level(path: Path, tokenizer: Mapping[str, Any], vocab_size: int) -> tuple[list[Field], _Vocab]:
-    if tokenizer.get("normalizer") is not None:
+    pre = _pre(path, tokenizer)
+    normalizers = [step["type"] for step in _flatten(tokenizer.get("normalizer"), "normalizers")]
+    # Qwen composes characters (NFC) first. llama.cpp does not, and its own conversions leave it at that: text that is
+    # composed already, as nearly all text is, splits the same.
+    if normalizers and not (pre == "qwen2" and normalizers == ["NFC"]):
         raise Unsupported(
             "llama.cpp does not normalize text for this kind of tokenizer", where=path, found="a normalizer"
         )
@@ -74,7 +80,7 @@ def _byte_level(path: Path, tokenizer: Mapping[str, Any], vocab_size: int) -> tu
     merges = [m if isinstance(m, str) else f"{_no_space(m[0])} {_no_space(m[1])}" for m in tokenizer["model"]["merges"]]
     return [
         text("tokenizer.ggml.model", "gpt2"),
-        text("tokenizer.ggml.pre", _pre(path, tokenizer)),
+        text("tokenizer.ggml.pre", pre),
         _strings("tokenizer.ggml.tokens", vocab.tokens),
         _numbers("tokenizer.ggml.token_type", vocab.types, GGUFValueType.INT32),
         _strings("tokenizer.ggml.merges", merges),
@@ -99,11 +105,13 @@ def _pre(path: Path, tokenizer: Mapping[str, Any]) -> str:
     if shape == [f"split {_LLAMA3}", "bytes"]:
         # The same expression; only the first takes a word that is a token of its own without merging.
         return "llama-bpe" if ignore_merges else "smaug-bpe"
+    if shape == [f"split {_QWEN2}", "bytes"]:
+        return "qwen2"
     raise Unsupported(
         "llama.cpp has no name for this tokenizer's splitting, or lowbit does not know it",
         where=path,
         found=", ".join(shape)[:120] or "no pre_tokenizer",
-        expected="that of Llama 3, SmolLM or GPT-2",
+        expected="that of Llama 3, Qwen, SmolLM or GPT-2",
     )
 
 

@@ -1,0 +1,152 @@
+"""Qwen 3, dense: Qwen3ForCausalLM.
+
+Like Llama, but each query and key head has a norm of its own, and llama.cpp rotates the two halves of a head as Hugging
+Face does, so no rows are reordered. Read from llama.cpp (src/models/qwen3.cpp) and transformers' Qwen3Config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lowbit.checkpoint.families.base import Family, Gguf, Keys, TensorSpec, real, rope_parameters, text, uint
+from lowbit.checkpoint.gguf_file import Field
+from lowbit.errors import BadConfig, BadFile, Unsupported
+
+_ROPE: dict[str, tuple[str, ...]] = {"default": (), "linear": ("factor",)}
+_HEAD_DIM = 128  # what Qwen3Config fills in
+
+
+class Qwen3(Family):
+    name = "qwen3"
+    arch = "qwen3"
+    model_types = ("qwen3",)
+    architectures = ("Qwen3ForCausalLM",)
+
+    def text_config(self, config: Mapping[str, Any], where: object) -> dict[str, Any]:
+        keys = Keys(config, where)
+        heads = keys.size("num_attention_heads")
+        kv_heads = keys.size("num_key_value_heads", heads)
+        for key in ("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings"):
+            keys.size(key)
+        layers = keys.size("num_hidden_layers", most=10_000)
+        keys.number("rms_norm_eps")
+        keys.flag("tie_word_embeddings", False)
+        keys.only("hidden_act", "silu")
+        # llama.cpp has neither for this architecture.
+        keys.only("attention_bias", False)
+        keys.only("use_sliding_window", False)
+        for key in ("sliding_window", "max_window_layers"):  # of no effect without use_sliding_window
+            keys.get(key)
+        if keys.get("layer_types", ["full_attention"] * layers) != ["full_attention"] * layers:
+            raise Unsupported("layer_types has layers that do not attend to everything", where=where)
+        head_dim = keys.size("head_dim", _HEAD_DIM)
+        if head_dim % 2 or heads % kv_heads:
+            raise BadConfig(
+                "head_dim must be even and num_attention_heads a multiple of num_key_value_heads",
+                where=where, found=f"head_dim {head_dim}, {heads} heads, {kv_heads} key-value heads",
+            )  # fmt: skip
+        for key in ("rope_parameters", "rope_scaling", "rope_theta"):
+            keys.get(key)
+        _rope(config, where)
+        keys.finish()
+        return {**config, "head_dim": head_dim, "num_key_value_heads": kv_heads}
+
+    def tensors(self, config: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
+        hidden, wide, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+        heads, kv_heads, vocab = config["num_attention_heads"], config["num_key_value_heads"], config["vocab_size"]
+        layer = (
+            ("self_attn.q_proj", "attn_q", "attn_q", (heads * head_dim, hidden)),
+            ("self_attn.k_proj", "attn_k", "attn_k", (kv_heads * head_dim, hidden)),
+            ("self_attn.v_proj", "attn_v", "attn_v", (kv_heads * head_dim, hidden)),
+            ("self_attn.o_proj", "attn_output", "attn_o", (hidden, heads * head_dim)),
+            ("self_attn.q_norm", "attn_q_norm", "norm", (head_dim,)),
+            ("self_attn.k_norm", "attn_k_norm", "norm", (head_dim,)),
+            ("mlp.gate_proj", "ffn_gate", "ffn_gate", (wide, hidden)),
+            ("mlp.up_proj", "ffn_up", "ffn_up", (wide, hidden)),
+            ("mlp.down_proj", "ffn_down", "ffn_down", (hidden, wide)),
+            ("input_layernorm", "attn_norm", "norm", (hidden,)),
+            ("post_attention_layernorm", "ffn_norm", "norm", (hidden,)),
+        )
+        specs = [_spec("model.embed_tokens", "token_embd", "embedding", (vocab, hidden))]
+        for i in range(config["num_hidden_layers"]):
+            for ours, theirs, role, shape in layer:
+                specs.append(_spec(f"model.layers.{i}.{ours}", f"blk.{i}.{theirs}", role, shape))
+        specs.append(_spec("model.norm", "output_norm", "norm", (hidden,)))
+        if not config.get("tie_word_embeddings"):
+            specs.append(_spec("lm_head", "output", "output", (vocab, hidden)))
+        return tuple(specs)
+
+    def ignorable(self, stored_name: str, config: Mapping[str, Any]) -> bool:
+        return stored_name == "lm_head.weight" and bool(config.get("tie_word_embeddings"))
+
+    def metadata(self, config: Mapping[str, Any]) -> list[Field]:
+        rope = _rope(config, "config")
+        fields = [
+            uint("qwen3.block_count", config["num_hidden_layers"]),
+            uint("qwen3.context_length", config["max_position_embeddings"]),
+            uint("qwen3.embedding_length", config["hidden_size"]),
+            uint("qwen3.feed_forward_length", config["intermediate_size"]),
+            uint("qwen3.attention.head_count", config["num_attention_heads"]),
+            uint("qwen3.attention.head_count_kv", config["num_key_value_heads"]),
+            real("qwen3.rope.freq_base", rope["rope_theta"]),
+            real("qwen3.attention.layer_norm_rms_epsilon", config["rms_norm_eps"]),
+            uint("qwen3.attention.key_length", config["head_dim"]),
+            uint("qwen3.attention.value_length", config["head_dim"]),
+        ]
+        if rope["rope_type"] == "linear":
+            fields += [text("qwen3.rope.scaling.type", "linear"), real("qwen3.rope.scaling.factor", rope["factor"])]
+        return fields
+
+    def config_from_gguf(self, values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: object) -> dict:
+        keys = Gguf(values, "qwen3", where)
+        keys.only(
+            "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
+            "attention.head_count_kv", "attention.layer_norm_rms_epsilon", "attention.key_length",
+            "attention.value_length", "rope.freq_base", "rope.dimension_count", "rope.scaling.type",
+            "rope.scaling.factor", "vocab_size",
+        )  # fmt: skip
+        heads = keys.size("attention.head_count")
+        head_dim = keys.size("attention.key_length", _HEAD_DIM)
+        if keys.size("rope.dimension_count", head_dim) != head_dim:
+            raise Unsupported("rotary embedding of a part of the head is not supported", where=where)
+        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base", 10000.0)}
+        kind = keys.get("rope.scaling.type", "none")
+        if kind == "linear":
+            rope |= {"rope_type": "linear", "factor": keys.number("rope.scaling.factor")}
+        elif kind != "none":
+            raise Unsupported("this rope scaling is not supported", where=where, found=kind)
+        if "token_embd.weight" not in shapes:
+            raise BadFile("the tensor token_embd.weight is missing", where=where)
+        return {
+            "architectures": ["Qwen3ForCausalLM"],
+            "attention_bias": False,
+            "head_dim": head_dim,
+            "hidden_act": "silu",
+            "hidden_size": keys.size("embedding_length"),
+            "intermediate_size": keys.size("feed_forward_length"),
+            "max_position_embeddings": keys.size("context_length"),
+            "model_type": "qwen3",
+            "num_attention_heads": heads,
+            "num_hidden_layers": keys.size("block_count"),
+            "num_key_value_heads": keys.size("attention.head_count_kv", heads),
+            "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
+            "rope_parameters": rope,
+            "tie_word_embeddings": "output.weight" not in shapes,
+            "use_sliding_window": False,
+            "vocab_size": shapes["token_embd.weight"][0],
+            **keys.token_ids(),
+        }
+
+
+def _spec(name: str, gguf_name: str, role: str, shape: tuple[int, ...]) -> TensorSpec:
+    return TensorSpec(name=f"{name}.weight", gguf_name=f"{gguf_name}.weight", role=role, shape=shape)
+
+
+def _rope(config: Mapping[str, Any], where: object) -> dict[str, Any]:
+    theta = config.get("rope_theta") or 10000.0
+    key = "rope_parameters" if config.get("rope_parameters") is not None else "rope_scaling"
+    return rope_parameters(config.get(key), where, _ROPE, theta, key)
+
+
+FAMILY = Qwen3()
