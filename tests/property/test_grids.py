@@ -65,6 +65,18 @@ def test_groups_of_unlike_magnitudes(name: str, seed: int, share: float, spread:
     _assert_same_bits(name, x.reshape(16, WIDTH))
 
 
+@pytest.mark.parametrize("name", ["q4_k", "q5_k"])
+def test_a_code_beyond_what_ggmls_rounding_reads(name: str) -> None:
+    """One group of almost equal weights beside large ones: its minimum is lost, and its codes come out past -2^22.
+
+    Rounded and cut they would be 0. The C library reads bits that are none of that number's and stores the top code.
+    """
+    x = np.full((1, WIDTH), -3360, np.float32)
+    x[0, 32:64] = -16 - np.arange(32, dtype=np.float32) * np.float32(2**-19)
+    _assert_same_bits(name, x)
+    assert (grid.get(name).quantize(x).codes[0, 0, 32:64] == grid.get(name).max_code).all()
+
+
 @pytest.mark.parametrize("name", grid.names())
 @given(seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=30, deadline=None)
