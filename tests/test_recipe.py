@@ -29,22 +29,28 @@ def _model(*, row: int = 576, tied: bool = True) -> list[Spec]:
     return specs if tied else [*specs, Spec("head", "output", (1000, row))]
 
 
-def test_q4_0_keeps_a_tied_embedding_at_8_bits_and_vectors_at_f32() -> None:
-    assigned = recipe.get("q4_0").assign_specs(_model())
-    assert assigned == {"embed": "q8_0", "q": "q4_0", "down": "q4_0", "q.bias": "f32", "norm": "f32"}
+LOW_BIT = ["q4_0", "q4_1", "q5_0", "q5_1"]
 
 
-def test_q4_0_of_an_untied_model_puts_the_embedding_at_4_bits() -> None:
-    assigned = recipe.get("q4_0").assign_specs(_model(tied=False))
-    assert (assigned["embed"], assigned["head"]) == ("q4_0", "q8_0")
+@pytest.mark.parametrize("name", LOW_BIT)
+def test_a_low_bit_recipe_keeps_a_tied_embedding_at_8_bits_and_vectors_at_f32(name: str) -> None:
+    assigned = recipe.get(name).assign_specs(_model())
+    assert assigned == {"embed": "q8_0", "q": name, "down": name, "q.bias": "f32", "norm": "f32"}
+
+
+@pytest.mark.parametrize("name", LOW_BIT)
+def test_a_low_bit_recipe_of_an_untied_model_puts_the_embedding_on_its_grid(name: str) -> None:
+    assigned = recipe.get(name).assign_specs(_model(tied=False))
+    assert (assigned["embed"], assigned["head"]) == (name, "q8_0")
 
 
 @pytest.mark.skipif("q6_k" not in grid.names(), reason="no q6_k grid")
 @pytest.mark.parametrize("tied", [True, False])
 def test_rows_of_whole_q6_k_blocks_put_the_head_on_q6_k(tied: bool) -> None:
-    assigned = recipe.get("q4_0").assign_specs(_model(row=512, tied=tied))
-    assert assigned["embed" if tied else "head"] == "q6_k"
-    assert recipe.get("q8_0").assign_specs(_model(row=512, tied=tied))["embed" if tied else "head"] == "q8_0"
+    head = "embed" if tied else "head"
+    for name in LOW_BIT:
+        assert recipe.get(name).assign_specs(_model(row=512, tied=tied))[head] == "q6_k"
+    assert recipe.get("q8_0").assign_specs(_model(row=512, tied=tied))[head] == "q8_0"
 
 
 @pytest.mark.parametrize("name", ["q8_0", "f16", "bf16", "f32"])
@@ -61,7 +67,7 @@ def test_rows_that_are_not_whole_blocks_name_the_tensor() -> None:
 
 
 def test_an_unknown_recipe_lists_the_names() -> None:
-    with pytest.raises(BadOption, match="'q5'; expected one of q4_0, q8_0, f16, bf16, f32"):
+    with pytest.raises(BadOption, match="'q5'; expected one of q4_0, q4_1, q5_0, q5_1, q8_0, f16, bf16, f32"):
         recipe.get("q5")
 
 
@@ -74,3 +80,9 @@ def test_the_real_model_as_llama_quantize_makes_it(packaged_gguf) -> None:
     assert len(trained) == 30 * 7
     assert "model.embed_tokens.weight" not in trained
     assert {assigned[name] for name in trained} == {"q4_0"}
+
+
+@pytest.mark.parametrize(("name", "n_trained"), [("q5_0", 30 * 7), ("q4_1", 0), ("q5_1", 0), ("q8_0", 0)])
+def test_only_blocks_of_codes_times_a_scale_are_trained(packaged_gguf, name: str, n_trained: int) -> None:
+    with open_checkpoint(packaged_gguf("smollm2-135m")) as checkpoint:
+        assert len(recipe.get(name).trained(checkpoint)) == n_trained

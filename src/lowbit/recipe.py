@@ -12,7 +12,7 @@ from typing import Protocol
 from lowbit import grid as grids
 from lowbit.errors import BadOption, Unsupported
 
-_NAMES = ("q4_0", "q8_0", "f16", "bf16", "f32")
+_NAMES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "f16", "bf16", "f32")
 
 
 class _Tensor(Protocol):
@@ -55,13 +55,13 @@ class Recipe:
 
     def trained(self, checkpoint: _Checkpoint) -> tuple[str, ...]:
         """The tensors that quantization-aware training trains: those on a grid below 8 bits with trainable scales."""
-        return tuple(name for name, grid in self.assign(checkpoint).items() if _is_low_bit(grids.get(grid)))
+        return tuple(name for name, grid in self.assign(checkpoint).items() if _is_trainable(grids.get(grid)))
 
     def _grid_of(self, info: _Tensor, *, is_head: bool) -> str:
         if len(info.shape) < 2:
             return "f32"
         grid, row = grids.get(self.weights), info.shape[-1]
-        if is_head and _is_low_bit(grid):
+        if is_head and grid.bits_per_weight < 8:
             grid = _head_grid(row)
         if row % grid.block_size:
             raise Unsupported(
@@ -75,7 +75,7 @@ class Recipe:
 
 
 def get(name: str) -> Recipe:
-    """The recipe of that name: 'q4_0', 'q8_0', 'f16', 'bf16' or 'f32'. Raises BadOption for another."""
+    """The recipe of that name ('q4_0'). Raises BadOption, which lists the names, for another."""
     if name not in _NAMES:
         raise BadOption("no such recipe", found=repr(name), expected="one of " + ", ".join(_NAMES))
     return Recipe(name=name, weights=name)
@@ -92,5 +92,5 @@ def _head_grid(row: int) -> grids.Grid:
     return grids.get("q8_0")
 
 
-def _is_low_bit(grid: grids.Grid) -> bool:
+def _is_trainable(grid: grids.Grid) -> bool:
     return grid.has_scales and grid.bits_per_weight < 8

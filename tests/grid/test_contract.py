@@ -136,6 +136,58 @@ def test_q4_0_of_a_block_worked_by_hand() -> None:
     assert blocks.codes[0, 0, :2].tolist() == [-8, 7]
 
 
+def test_q5_0_of_a_block_worked_by_hand() -> None:
+    # As Q4_0, on 32 values: the extreme -8 gives the scale 0.5 and code -16, and +8 would be code 16, cut to 15.
+    x = np.zeros((1, 32), np.float32)
+    x[0, :4] = [-8, 8, 1, -1]
+    chosen = grid.get("q5_0")
+    blocks = chosen.quantize(x)
+    assert blocks.scales.tolist() == [[0.5]]
+    assert blocks.codes[0, 0, :5].tolist() == [-16, 15, 2, -2, 0]
+    raw = chosen.pack(blocks)[0]
+    # Above zero the fifth bit is set: all but weights 0 (code -16 + 16 = 0) and 3 (-2 + 16 = 14).
+    assert raw[2:6].tolist() == [0b11110110, 255, 255, 255]
+    assert raw[6:10].tolist() == [0x00, 0x0F, 0x02, 0x0E]
+
+
+@pytest.mark.parametrize(("name", "top"), [("q4_1", 15), ("q5_1", 31)])
+def test_a_minimum_worked_by_hand(name: str, top: int) -> None:
+    x = (2 + 0.5 * (np.arange(32) % (top + 1)))[None].astype(np.float32)
+    chosen = grid.get(name)
+    blocks = chosen.quantize(x)
+    assert (blocks.scales.tolist(), blocks.mins.tolist()) == ([[0.5]], [[2.0]])
+    assert blocks.codes[0, 0].tolist() == [i % (top + 1) for i in range(32)]
+    np.testing.assert_array_equal(chosen.dequantize(blocks), x)
+    raw = chosen.pack(blocks)[0]
+    assert raw[:4].tobytes() == np.array([0.5, 2], np.float16).tobytes()
+    if name == "q5_1":
+        assert raw[4:8].tolist() == [0, 0, 255, 255]
+    assert raw[-16:].tolist() == [0x11 * i for i in range(16)]
+
+
+def test_iq4_nl_of_its_own_values() -> None:
+    values = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
+    x = np.array([values + values[::-1]], np.float32) / 4
+    chosen = grid.get("iq4_nl")
+    blocks = chosen.quantize(x)
+    assert blocks.scales.tolist() == [[0.25]]
+    assert blocks.codes[0, 0].tolist() == values + values[::-1]
+    assert chosen.pack(blocks)[0, 2:].tolist() == [i | (15 - i) << 4 for i in range(16)]
+
+
+def test_mxfp4_of_a_block_worked_by_hand() -> None:
+    # The extreme 6 lies between 4 and 8: exponent 2, stored as 2 + 125, and the unit is 1. Midpoints go to zero.
+    x = np.zeros((1, 32), np.float32)
+    x[0, :9] = [6, -6, 0.5, 0.25, 0.26, -0.25, -0.75, 5, -5.1]
+    chosen = grid.get("mxfp4")
+    blocks = chosen.quantize(x)
+    assert blocks.scales.tolist() == [[127]]
+    assert blocks.codes[0, 0, :10].tolist() == [7, 15, 1, 0, 1, 0, 9, 6, 15, 0]
+    assert chosen.dequantize(blocks)[0, :9].tolist() == [6, -6, 0.5, 0, 0.5, 0, -0.5, 4, -6]
+    raw = chosen.pack(blocks)[0]
+    assert (raw[0], raw[1], raw[2]) == (127, 0x07, 0x0F)
+
+
 def test_the_names_are_sorted_and_have_their_types() -> None:
     assert all(a < b for a, b in pairwise(grid.names()))
     for name in grid.names():

@@ -30,7 +30,8 @@ BAD = {
     "without a method": (GOOD.replace("    def pack(self, blocks): return None\n", ""), "pack"),
     "without a variable": (GOOD.replace("name, ggml_type", "name, other"), "ggml_type"),
     "another name": (GOOD.replace('"mine"', '"yours"'), "name is its file's; found yours; expected mine"),
-    "codes on one side": (GOOD + "\nMine.max_code = 7\n", "codes"),
+    "codes on one side": (GOOD + "\nMine.max_code = 7\n", "run from below to above zero; found 0..7"),
+    "codes beyond int8": (GOOD + "\nMine.min_code, Mine.max_code = -8, 255\n", "int8"),
 }
 
 
@@ -63,5 +64,5 @@ def test_a_file_that_misses_its_contract_says_so(package: ModuleType, fault: str
 def test_an_unknown_grid_is_refused_with_the_names() -> None:
     with pytest.raises(BadOption, match=r"'q3_x'; expected one of bf16, f16, f32, .*q4_0, .*q8_0"):
         grid.get("q3_x")
-    with pytest.raises(Unsupported, match="no grid for this ggml type; found 3"):
-        grid.by_ggml_type(3)
+    with pytest.raises(Unsupported, match="no grid for this ggml type; found 10"):
+        grid.by_ggml_type(10)

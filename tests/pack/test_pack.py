@@ -79,10 +79,13 @@ def test_naive_is_the_c_library(request: pytest.FixtureRequest, tmp_path: Path, 
             assert (file.raw(spec.gguf_name) == ggml.quantize(values, ggml_type).reshape(-1)).all()
 
 
-def test_q8_0_of_a_gguf_keeps_its_blocks(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
-    """A source's own Q8_0 tensors go through untouched: packing a pack changes no byte."""
-    first = lowbit.pack(tiny_llama(), "q8_0", tmp_path / "first.gguf").path
-    second = lowbit.pack(first, "q8_0", tmp_path / "second.gguf").path
+@pytest.mark.parametrize("recipe", ["q8_0", "q5_0", "q5_1", "q4_1"])
+def test_a_gguf_on_the_recipes_grids_keeps_its_blocks(
+    tiny_llama: Callable[..., Path], tmp_path: Path, recipe: str
+) -> None:
+    """A source's own tensors go through untouched: packing a pack changes no byte."""
+    first = lowbit.pack(tiny_llama(), recipe, tmp_path / "first.gguf").path
+    second = lowbit.pack(first, recipe, tmp_path / "second.gguf").path
     assert first.read_bytes() == second.read_bytes()
 
 
@@ -111,7 +114,10 @@ def test_every_key_of_a_gguf_is_carried_over(packaged_gguf: Callable[[str], Path
         assert made["general.file_type"].value == 2
 
 
-@pytest.mark.parametrize(("recipe", "file_type"), [("f32", 0), ("f16", 1), ("q4_0", 2), ("q8_0", 7), ("bf16", 32)])
+@pytest.mark.parametrize(
+    ("recipe", "file_type"),
+    [("f32", 0), ("f16", 1), ("q4_0", 2), ("q4_1", 3), ("q8_0", 7), ("q5_0", 8), ("q5_1", 9), ("bf16", 32)],
+)
 def test_the_file_type_is_told(tiny_llama: Callable[..., Path], tmp_path: Path, recipe: str, file_type: int) -> None:
     result = lowbit.pack(tiny_llama(), recipe, tmp_path / "x.gguf")
     values = GgufFile(result.path).values

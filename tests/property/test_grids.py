@@ -23,7 +23,10 @@ def _assert_same_bits(name: str, x: np.ndarray) -> None:
     np.testing.assert_array_equal(chosen.pack(blocks), expected)
     np.testing.assert_array_equal(chosen.pack(chosen.quantize(torch.from_numpy(x))), expected)
     np.testing.assert_array_equal(chosen.pack(chosen.unpack(expected)), expected)
-    values, theirs = chosen.dequantize(blocks), ggml.dequantize(expected, chosen.ggml_type, x.shape[1])
+    _assert_same_values(chosen.dequantize(blocks), ggml.dequantize(expected, chosen.ggml_type, x.shape[1]))
+
+
+def _assert_same_values(values: np.ndarray, theirs: np.ndarray) -> None:
     real = ~np.isnan(theirs)
     np.testing.assert_array_equal(np.isnan(values), ~real)
     np.testing.assert_array_equal(values[real].view(np.uint32), theirs[real].view(np.uint32))
@@ -46,6 +49,44 @@ def test_blocks_of_one_magnitude_with_and_without_ties(name: str, seed: int, exp
     with np.errstate(over="ignore"):
         scaled = np.ldexp(np.asarray(x, np.float32) * np.float32(rng.uniform(0.1, 1)), exponent)
     _assert_same_bits(name, np.where(np.isfinite(scaled), scaled, np.float32(0)))
+
+
+@pytest.mark.parametrize("name", grid.names())
+@given(seed=st.integers(0, 2**32 - 1), share=st.floats(0, 1), spread=st.floats(0, 40))
+@settings(max_examples=60, deadline=None)
+def test_groups_of_unlike_magnitudes(name: str, seed: int, share: float, spread: float) -> None:
+    """Groups of 32 up to 2^spread apart, some of one value, some of one sign: what scales of two levels find hard."""
+    rng = np.random.default_rng(seed)
+    shape, group = (16, WIDTH // 32, 32), (16, WIDTH // 32, 1)
+    x = rng.standard_normal(shape, dtype=np.float32)
+    x = np.where(rng.random(group) < share, x, rng.standard_normal(group, dtype=np.float32))
+    x = np.where(rng.random(group) < 0.2, -np.abs(x), x)
+    x *= np.exp2(rng.uniform(-spread / 2, spread / 2, group)).astype(np.float32)
+    _assert_same_bits(name, x.reshape(16, WIDTH))
+
+
+@pytest.mark.parametrize("name", ["q4_k", "q5_k"])
+def test_a_code_beyond_what_ggmls_rounding_reads(name: str) -> None:
+    """One group of almost equal weights beside large ones: its minimum is lost, and its codes come out past -2^22.
+
+    Rounded and cut they would be 0. The C library reads bits that are none of that number's and stores the top code.
+    """
+    x = np.full((1, WIDTH), -3360, np.float32)
+    x[0, 32:64] = -16 - np.arange(32, dtype=np.float32) * np.float32(2**-19)
+    _assert_same_bits(name, x)
+    assert (grid.get(name).quantize(x).codes[0, 0, 32:64] == grid.get(name).max_code).all()
+
+
+@pytest.mark.parametrize("name", grid.names())
+@given(seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=30, deadline=None)
+def test_any_stored_bytes(name: str, seed: int) -> None:
+    """Blocks that other tools wrote: the C library's values, and every byte comes back."""
+    chosen = grid.get(name)
+    raw = np.random.default_rng(seed).integers(0, 256, (8, WIDTH // chosen.block_size * chosen.block_bytes), np.uint8)
+    blocks = chosen.unpack(raw)
+    np.testing.assert_array_equal(chosen.pack(blocks), raw)
+    _assert_same_values(chosen.dequantize(blocks), ggml.dequantize(raw, chosen.ggml_type, WIDTH))
 
 
 @pytest.mark.parametrize("name", grid.names())

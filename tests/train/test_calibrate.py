@@ -72,7 +72,7 @@ def gptq_codes(weight: torch.Tensor, scales: torch.Tensor, moments: torch.Tensor
     return codes
 
 
-@pytest.mark.parametrize("name", ["q4_0", "q8_0"])
+@pytest.mark.parametrize("name", ["q4_0", "q5_0", "q8_0"])
 def test_no_block_ends_up_worse_than_nearest(name: str, weight: torch.Tensor, importance: torch.Tensor) -> None:
     grid = grids.get(name)
     weight[2] *= 1e-4  # its scales are among the last that float16 has

@@ -15,9 +15,10 @@ from lowbit.train import HiddenTargets, distillation_loss, load, prepare, save
 from lowbit.train.fake_quant import master, quantized
 
 
-def test_forward_values_are_the_grids(tiny_llama: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("recipe", ["q4_0", "q5_0"])
+def test_forward_values_are_the_grids(tiny_llama: Callable[..., Path], recipe: str) -> None:
     with open_checkpoint(tiny_llama()) as checkpoint:
-        model = prepare(load(checkpoint), "q4_0")
+        model = prepare(load(checkpoint), recipe)
         before = {name: torch.from_numpy(checkpoint.read(name)) for name in checkpoint.names}
     found = list(quantized(model))
     assert found
@@ -50,9 +51,10 @@ def test_preparing_twice_is_refused(tiny_llama: Callable[..., Path]) -> None:
         prepare(model, "q4_0")
 
 
-def test_saved_blocks_are_the_forward_weights(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", ["q4_0", "q5_0", "q4_1"])
+def test_saved_blocks_are_the_forward_weights(tiny_llama: Callable[..., Path], tmp_path: Path, recipe: str) -> None:
     with open_checkpoint(tiny_llama()) as checkpoint:
-        model = prepare(load(checkpoint), "q4_0")
+        model = prepare(load(checkpoint), recipe)
         save(model, tmp_path / "out", like=checkpoint)
     with open_checkpoint(tmp_path / "out") as saved, torch.no_grad():
         for name, module, quantizer in quantized(model):

@@ -9,7 +9,9 @@ from lowbit.cli import output
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint folder, or any MODEL")
-    parser.add_argument("--recipe", default="q4_0", help="type of the matrices: q4_0 (default), q8_0, f16, bf16, f32")
+    parser.add_argument(
+        "--recipe", default="q4_0", help="type of the matrices: q4_0 (default), q4_1, q5_0, q5_1, q8_0, f16, bf16, f32"
+    )
     parser.add_argument("-o", "--out", metavar="FILE", required=True, help="the GGUF to write")
     parser.add_argument(
         "--naive",

@@ -62,7 +62,9 @@ def _load(module_name: str, name: str) -> Grid:
             raise BadFile(f"a grid needs the class variable {variable}", where=where, expected=kind.__name__)
     if grid.name != name:
         raise BadFile("a grid's name is its file's", where=where, found=grid.name, expected=name)
-    if grid.max_code and not grid.min_code < 0 < grid.max_code <= 127:
-        found = f"{grid.min_code}..{grid.max_code}"
-        raise BadFile("a grid's codes run from below to above zero", where=where, found=found)
+    codes = f"{grid.min_code}..{grid.max_code}"
+    if not -128 <= grid.min_code <= 0 <= grid.max_code <= 127:
+        raise BadFile("a grid's codes are int8, and zero is among them", where=where, found=codes)
+    if grid.has_scales and not grid.min_code < 0 < grid.max_code:
+        raise BadFile("codes that are times a scale run from below to above zero", where=where, found=codes)
     return grid

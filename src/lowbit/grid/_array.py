@@ -52,9 +52,27 @@ def as_rows(x: Array) -> Array:
 
 def first_extreme(x: Array) -> Array:
     """(..., k) -> (...): the first element of largest magnitude, with its sign."""
-    index = abs(x).argmax(-1)[..., None]
+    return _pick(x, abs(x).argmax(-1))
+
+
+def first_least(x: Array) -> Array:
+    """(..., k) -> (...): the first of the least elements; zeros are equal, whatever their signs."""
+    return _pick(x, x.argmin(-1))
+
+
+def _pick(x: Array, index: Array) -> Array:
+    """(..., k), (...) -> (...): the element of each row at its index."""
+    index = index[..., None]
     found = np.take_along_axis(x, index, -1) if isinstance(x, np.ndarray) else x.gather(-1, index)
     return found[..., 0]
+
+
+def lookup(table: np.ndarray, index: Array) -> Array:
+    """``table[index]``, in the namespace and on the device of ``index``: whole numbers of any dtype, not below 0."""
+    index = cast(index, "int64")
+    if isinstance(index, np.ndarray):
+        return table.take(index)
+    return namespace(index).from_numpy(table).to(index.device)[index]
 
 
 def inverse_of(d: Array) -> Array:

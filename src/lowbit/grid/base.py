@@ -23,15 +23,20 @@ Array = Any  # numpy.ndarray or torch.Tensor
 class Blocks:
     """What a format stores, before it is laid out in bytes.
 
-    codes:  (..., n_blocks, block_size) int8, signed (Q4_0: -8..7, Q8_0: -127..127);
-            for the float formats (..., n) in the stored dtype's bits (float16, uint16 for BF16, float32).
-    scales: (..., n_blocks) float16, or None for the float formats.
-    sub_scales: (..., n_blocks, n_sub) int8 where a block has scales of its parts (Q6_K), else None.
+    codes:  (..., n_blocks, block_size) int8, from min_code to max_code (Q4_0: -8..7, Q4_1: 0..15); MXFP4: 0..15 as
+            stored; for the float formats (..., n) in the stored dtype's bits (float16, uint16 for BF16, float32).
+    scales: (..., n_blocks) float16 (MXFP4: uint8 exponents), or None for the float formats.
+    sub_scales: (..., n_blocks, n_sub) int8 where a block has scales of its parts (Q4_K, Q5_K, Q6_K), else None.
+    mins: (..., n_blocks) float16 where code 0 stands for another value than 0, else None. Q4_1, Q5_1: that value;
+            Q4_K, Q5_K: what ``sub_mins`` are multiplied by, and then subtracted.
+    sub_mins: (..., n_blocks, n_sub) int8 where a block has minimums of its parts (Q4_K, Q5_K), else None.
     """
 
     codes: Array
     scales: Array | None = None
     sub_scales: Array | None = None
+    mins: Array | None = None
+    sub_mins: Array | None = None
 
 
 def namespace(x: Array) -> Any:
@@ -47,7 +52,7 @@ class Grid(ABC):
     ggml_type: ClassVar[int]  # gguf.GGMLQuantizationType value
     block_size: ClassVar[int]  # weights a block
     block_bytes: ClassVar[int]  # bytes a block
-    max_code: ClassVar[int] = 0  # codes run from min_code to max_code; 0 for the float formats
+    max_code: ClassVar[int] = 0  # codes run from min_code to max_code; 0 for the float formats, MXFP4 among them
     min_code: ClassVar[int] = 0
 
     @property

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from lowbit.grid._array import ScaledGrid, as_blocks, as_rows, cast, extremes, first_extreme, inverse_of, raw_blocks
+from lowbit.grid._layout import halves, nibbles, put_halves, put_nibbles
 from lowbit.grid.base import Array, Blocks, namespace
 
 
@@ -22,36 +23,32 @@ class Q4_0(ScaledGrid):
     def quantize(self, x: Array) -> Blocks:
         xp = namespace(x)
         blocks = as_blocks(x, self.block_size)  # (..., n_blocks, 32)
-        d = _signed_extreme(xp, blocks) / -8.0  # (..., n_blocks) float32; -0.0 for a block of zeros, as in ggml
+        # (..., n_blocks) float32; -0.0 for a block of zeros, as in ggml
+        d = _signed_extreme(xp, blocks) / float(self.min_code)
         inverse = inverse_of(d)
         overflows = xp.isinf(inverse)
         inverse[overflows] = 0.0
         q = blocks * inverse[..., None]
-        q += 8.5
-        xp.clip(q, None, 15.5, out=q)
+        q += 0.5 - self.min_code
+        xp.clip(q, None, self.max_code - self.min_code + 0.5, out=q)
         codes = cast(q, "int8")  # truncates; q is above zero
-        codes -= 8
-        if overflows.any():  # a block this close to zero: ggml's cast of Inf and NaN to int8 gives 0, which is code -8
+        codes += self.min_code
+        if overflows.any():  # a block this close to zero: ggml's cast of Inf and NaN to int8 gives 0, the lowest code
             codes[overflows] = self.min_code
         return Blocks(codes=codes, scales=cast(d, "float16"))
 
     def pack(self, blocks: Blocks) -> np.ndarray:
-        nibbles = (np.asarray(blocks.codes) + np.int8(8)).view(np.uint8)
-        raw = np.empty((*nibbles.shape[:-1], self.block_bytes), np.uint8)
-        raw[..., :2] = np.ascontiguousarray(blocks.scales, "<f2")[..., None].view(np.uint8)
-        np.left_shift(nibbles[..., 16:], 4, out=raw[..., 2:])  # low nibbles: weights 0..15, high: 16..31
-        raw[..., 2:] |= nibbles[..., :16]
+        unsigned = (np.asarray(blocks.codes) + np.int8(8)).view(np.uint8)
+        raw = np.empty((*unsigned.shape[:-1], self.block_bytes), np.uint8)
+        put_halves(raw[..., :2], blocks.scales)
+        put_nibbles(raw[..., 2:], unsigned)
         return as_rows(raw)
 
     def unpack(self, raw: np.ndarray) -> Blocks:
         raw = raw_blocks(raw, self.block_bytes)
-        scales = np.ascontiguousarray(raw[..., :2]).view("<f2")[..., 0]
-        codes = np.empty((*raw.shape[:-1], self.block_size), np.int8)
-        unsigned = codes.view(np.uint8)
-        np.bitwise_and(raw[..., 2:], 15, out=unsigned[..., :16])
-        np.right_shift(raw[..., 2:], 4, out=unsigned[..., 16:])
+        codes = nibbles(raw[..., 2:]).view(np.int8)
         codes -= 8
-        return Blocks(codes=codes, scales=scales)
+        return Blocks(codes=codes, scales=halves(raw[..., :2]))
 
 
 def _signed_extreme(xp: Array, blocks: Array) -> Array:

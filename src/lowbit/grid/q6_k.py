@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from lowbit.grid._array import as_blocks, as_rows, cast, check_finite, first_extreme, raw_blocks
+from lowbit.grid._search import sum_in_order
 from lowbit.grid.base import Array, Blocks, Grid, namespace
 
 _EPSILON = 1e-15  # GROUP_MAX_EPS: a group or block below it is zero
@@ -113,7 +114,7 @@ def _search(xp: Array, x: Array) -> tuple[Array, Array, Array]:
         products = squared * codes
         products *= codes
         codes *= cubed
-        return inverse, _sum(xp, codes), _sum(xp, products)
+        return inverse, sum_in_order(xp, codes), sum_in_order(xp, products)
 
     best_inverse, sum_x, sum_2 = fit(np.float32(32))
     scale = xp.where(sum_2 == 0, 0.0, sum_x / sum_2)
@@ -126,14 +127,6 @@ def _search(xp: Array, x: Array) -> tuple[Array, Array, Array]:
         best_inverse = xp.where(better, inverse, best_inverse)
     scale[is_zero] = 0.0
     return scale, best_inverse, is_zero
-
-
-def _sum(xp: Array, x: Array) -> Array:
-    """Over the first axis, one after another: float32 sums depend on the order."""
-    total = xp.zeros_like(x[0])
-    for row in x:
-        total += row
-    return total
 
 
 def _nearest(xp: Array, x: Array) -> Array:

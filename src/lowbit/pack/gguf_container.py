@@ -19,7 +19,9 @@ from lowbit.grid.base import Grid
 from lowbit.pack import tokenizer
 
 # llama.cpp's LLAMA_FTYPE_*: what `general.file_type` says a file mostly is.
-FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "q6_k": 18, "bf16": 32}
+FILE_TYPES = {
+    "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q6_k": 18, "bf16": 32,
+}  # fmt: skip
 _GUESSED = 1024
 _QUANTIZATION_VERSION = 2
 _REPLACED = ("general.file_type", "general.quantization_version")
@@ -74,7 +76,10 @@ def encoded(checkpoint: Checkpoint, spec: TensorSpec, grid: Grid, *, naive: bool
     if not naive and checkpoint.info(spec.name).grid == grid.name:
         blocks = checkpoint.blocks(spec.name)
         assert blocks is not None
-        grids.check_finite(np.asarray(grid.unpack(blocks).scales), f"{checkpoint.path}: {spec.name}")
+        stored = grid.unpack(blocks)
+        for part in (stored.scales, stored.mins):
+            if part is not None:
+                grids.check_finite(part, f"{checkpoint.path}: {spec.name}")
         # Blocks run along a row, so reordering rows moves whole rows of bytes and changes no block.
         yield blocks if order is None else blocks[order]
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def tensors(model: nn.Module, like: Checkpoint) -> Iterator[Tensor]:
 def _quantized_tensor(name: str, module: nn.Module, quantizer: FakeQuantizer) -> Tensor:
     grid = quantizer.grid
     blocks = quantizer.blocks(master(module, name.rpartition(".")[2]))
-    stored = Blocks(codes=_numpy(blocks.codes), scales=_numpy(blocks.scales), sub_scales=_numpy(blocks.sub_scales))
+    stored = Blocks(**{field.name: _numpy(getattr(blocks, field.name)) for field in dataclasses.fields(blocks)})
     return Tensor(name=name, values=grid.dequantize(stored), grid=grid.name, blocks=grid.pack(stored))
 
 
