@@ -221,9 +221,9 @@ class FolderCheckpoint(Checkpoint):
     def __init__(self, path: Path) -> None:
         config_path = path / "config.json"
         config = read_json(config_path, BadConfig)
+        family = families.by_config(config, config_path)
         packed = compressed_tensors.check_scheme(config, config_path)
         config.pop(compressed_tensors.KEY, None)
-        family = families.by_config(config, config_path)
         super().__init__(path, "safetensors", family.text_config(config, config_path), family)
         self._files = safetensors_file.open_folder(path)
         self._packed = compressed_tensors.matrices(self._files) if packed else set()  # by stored name
