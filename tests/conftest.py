@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lowbit.checkpoint import resolve
@@ -155,3 +156,54 @@ def real_tokenizer(
         return folder
 
     return make
+
+
+def synthesise(
+    rng: np.random.Generator,
+    shape: tuple[int, int],
+    *,
+    rule: str,
+    scales: str,
+    group: int,
+    dtype: str,
+    size: float = 0.02,
+) -> np.ndarray:
+    """Weights (rows, n) float32 as quantization-aware training stores them: normal ones of standard deviation ``size``,
+    rounded to a code times a scale a group, the scale in ``scales`` and the product in ``dtype``: BF16, F16 or F32.
+
+    rule: 'extremum/-8', 'absmax/7', 'absmax/7.5', or 'free scales' that clip or leave room as they like.
+    """
+    x = (rng.standard_normal(shape, dtype=np.float32) * np.float32(size)).reshape(shape[0], -1, group)
+    extreme = np.take_along_axis(x, abs(x).argmax(-1)[..., None], -1)
+    divisor = {"extremum/-8": -8.0, "absmax/7": 7.0, "absmax/7.5": 7.5}.get(rule)
+    if divisor is None:
+        divisor = rng.uniform(5.5, 9.5, extreme.shape)
+    step = (extreme if rule == "extremum/-8" else abs(extreme)) / divisor
+    step = round_by_definition(step.astype(np.float32), scales)
+    codes = np.clip(np.rint(x / step), -8, 7)
+    return round_by_definition((codes * step).astype(np.float32).reshape(shape), dtype)
+
+
+def round_by_definition(values: np.ndarray, dtype: str) -> np.ndarray:
+    """``values`` float32 rounded half to even to ``dtype``, float32 again, by multiples of a power of two in float64:
+    nothing of the code under test, and no instruction that flushes subnormals."""
+    if dtype == "F32":
+        return values
+    digits, least_exponent, largest = {"BF16": (8, -125, 2.0**128), "F16": (11, -13, 2.0**16)}[dtype]
+    wide = values.astype(np.float64)
+    quantum = np.ldexp(1.0, np.maximum(np.frexp(wide)[1], least_exponent) - digits)
+    rounded = np.rint(wide / quantum) * quantum
+    with np.errstate(over="ignore"):
+        return np.where(np.abs(rounded) < largest, rounded, np.copysign(np.inf, wide)).astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def synthesised() -> Callable[..., np.ndarray]:
+    """synthesised(rng, (rows, n), rule=, scales=, group=, dtype=): see ``synthesise``."""
+    return synthesise
+
+
+@pytest.fixture(scope="session")
+def rounded() -> Callable[[np.ndarray, str], np.ndarray]:
+    """rounded(values, dtype): see ``round_by_definition``."""
+    return round_by_definition

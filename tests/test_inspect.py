@@ -58,7 +58,7 @@ def test_a_gguf_of_an_unknown_architecture_still_shows_its_tensors(tmp_path: Pat
     assert (found["architecture"], found["name"], found["layers"]) == ("mamba-next", "Strange", 3)
     assert "mamba-next" in found["problem"]
     assert found["tensors"] == [
-        {"name": "a.weight", "shape": [6, 64], "dtype": "F32", "bytes": 6 * 64 * 4},
+        {"name": "a.weight", "shape": [6, 64], "dtype": "F32", "bytes": 6 * 64 * 4, "lattice": "none"},
         {"name": "b.weight", "shape": [4, 64], "dtype": "Q8_0", "bytes": 4 * 68},
     ]
     assert found["types"]["Q8_0"] == {"count": 1, "weights": 256, "bytes": 272}

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lowbit.checkpoint import Checkpoint, open_checkpoint, resolve
 from lowbit.checkpoint.gguf_file import GgufFile
 from lowbit.checkpoint.model import FORMAT, MANIFEST, read_json
-from lowbit.checkpoint.safetensors_file import Entry, open_folder, read_header
+from lowbit.checkpoint.safetensors_file import Entry, SafetensorsFile, open_folder, to_float32
 from lowbit.errors import BadConfig, BadFile, LowbitError, NotFound
+from lowbit.pack import identify
 from lowbit.units import bits_per_weight
 from lowbit.verbs import make_callable
+
+Raw = Callable[[str], np.ndarray]  # a tensor's stored bytes by its name
+_LONGEST_ROW = 1 << 20  # a longer one is no matrix of a model, and a sample of rows would be large
 
 # What is shown of the size of a model: our name, GGUF's key after the architecture, config.json's.
 _DIMENSIONS = (
@@ -28,8 +34,11 @@ def inspect(model: str | Path) -> dict[str, Any]:
 
     The result is JSON as it stands:
       path, kind ('gguf' or 'safetensors'), architecture (GGUF's word, 'llama'), name, license, tied;
-      tensors: [{name, shape (row-major), dtype, bytes, and grid where the tensor has lowbit codes and scales}];
-      types: {dtype: {count, weights, bytes}}; grids: {grid: tensors} of a checkpoint that lowbit trained;
+      tensors: [{name, shape (row-major), dtype, bytes; grid where the tensor has lowbit codes and scales; lattice where
+        it is a matrix of BF16, F16 or F32: the 4-bit grid that its values sit on, told from a sample of its rows, or
+        'none'}];
+      types: {dtype: {count, weights, bytes}}; grids: {grid: tensors} of a checkpoint that lowbit trained; lattices:
+        {lattice: tensors};
       weights, size_bytes (of the files with the tensors), bits_per_weight (the tensors' bytes only; None where
       another tool has packed several weights into one stored integer);
       layers, hidden_size, context_length, quantization as far as the file says;
@@ -39,11 +48,11 @@ def inspect(model: str | Path) -> dict[str, Any]:
     path = resolve(model)
     try:
         if path.is_dir():
-            found, entries = _folder(path)
+            found, entries, raw = _folder(path)
         elif path.suffix == ".safetensors":
-            found, entries = _safetensors(path)
+            found, entries, raw = _safetensors(path)
         else:
-            found, entries = _gguf(path)
+            found, entries, raw = _gguf(path)
     except OSError as error:
         raise NotFound(f"cannot read: {error.strerror or error}", where=error.filename or path) from error
     found = {"path": str(path)} | found | {"problem": None}
@@ -53,10 +62,11 @@ def inspect(model: str | Path) -> dict[str, Any]:
             _add_checkpoint(found, checkpoint)
     except LowbitError as error:
         found["problem"] = _utf8(str(error))
-    return found | _summary(entries, grids, countable=found["quantization"] is None)
+    lattices = {name: lattice for name in entries if (lattice := _lattice(entries[name], raw, name)) is not None}
+    return found | _summary(entries, grids, lattices, countable=found["quantization"] is None)
 
 
-def _gguf(path: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
+def _gguf(path: Path) -> tuple[dict[str, Any], dict[str, Entry], Raw]:
     file = GgufFile(path)
     values, entries = file.values, file.entries
     architecture = _text(values.get("general.architecture"))
@@ -69,16 +79,18 @@ def _gguf(path: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
         "size_bytes": path.stat().st_size,
         "quantization": None,
     }
-    return found | {ours: _size(values.get(f"{architecture}.{key}")) for ours, key, _ in _DIMENSIONS}, entries
+    found |= {ours: _size(values.get(f"{architecture}.{key}")) for ours, key, _ in _DIMENSIONS}
+    return found, entries, file.raw
 
 
-def _safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
-    entries, _ = read_header(path)
+def _safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Entry], Raw]:
+    file = SafetensorsFile(path)
     nothing = dict.fromkeys(("architecture", "license", "tied", "quantization", *(d[0] for d in _DIMENSIONS)))
-    return {"kind": "safetensors", "name": path.stem, "size_bytes": path.stat().st_size, **nothing}, entries
+    found: dict[str, Any] = {"kind": "safetensors", "name": path.stem, "size_bytes": path.stat().st_size, **nothing}
+    return found, file.entries, file.raw
 
 
-def _folder(path: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
+def _folder(path: Path) -> tuple[dict[str, Any], dict[str, Entry], Raw]:
     config = read_json(path / "config.json", BadConfig)
     files = open_folder(path)
     text_config = config.get("text_config")
@@ -96,7 +108,7 @@ def _folder(path: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
         "_grids": _trained_grids(path),
     }
     found |= {ours: _size(text.get(key)) for ours, _, key in _DIMENSIONS}
-    return found, {name: file.entries[name] for name, file in files.items()}
+    return found, {name: file.entries[name] for name, file in files.items()}, lambda name: files[name].raw(name)
 
 
 def _trained_grids(folder: Path) -> dict[str, str]:
@@ -118,12 +130,15 @@ def _add_checkpoint(found: dict[str, Any], checkpoint: Checkpoint) -> None:
     found["tied"] = checkpoint.tied
 
 
-def _summary(entries: Mapping[str, Entry], grids: Mapping[str, str], *, countable: bool) -> dict[str, Any]:
+def _summary(
+    entries: Mapping[str, Entry], grids: Mapping[str, str], lattices: Mapping[str, str], *, countable: bool
+) -> dict[str, Any]:
     tensors = []
     types: dict[str, dict[str, int]] = {}
     for name, entry in entries.items():
         tensor = {"name": _utf8(name), "shape": list(entry.shape), "dtype": entry.dtype, "bytes": entry.n_bytes}
-        tensors.append(tensor | ({"grid": grids[name]} if name in grids else {}))
+        told = {"grid": grids, "lattice": lattices}
+        tensors.append(tensor | {key: by_name[name] for key, by_name in told.items() if name in by_name})
         of_type = types.setdefault(entry.dtype, {"count": 0, "weights": 0, "bytes": 0})
         for key, amount in (("count", 1), ("weights", math.prod(entry.shape)), ("bytes", entry.n_bytes)):
             of_type[key] += amount
@@ -134,8 +149,21 @@ def _summary(entries: Mapping[str, Entry], grids: Mapping[str, str], *, countabl
         "bits_per_weight": bits_per_weight(n_bytes, weights) if countable else None,
         "types": types,
         "grids": _counts(grids.values()),
+        "lattices": _counts(lattices.values()),
         "tensors": tensors,
     }
+
+
+def _lattice(entry: Entry, raw: Raw, name: str) -> str | None:
+    """The lattice of a float matrix, from a sample of its rows; None for any other tensor."""
+    if entry.dtype not in ("BF16", "F16", "F32") or len(entry.shape) < 2 or not math.prod(entry.shape):
+        return None
+    n_rows, n = math.prod(entry.shape[:-1]), entry.shape[-1]
+    if n > _LONGEST_ROW:
+        return identify.NONE
+    picked = identify.sample(n_rows, n)
+    stored = raw(name).reshape(n_rows, -1)[picked]
+    return identify.describe(to_float32(stored.reshape(-1), entry.dtype, (len(picked), n), name), entry.dtype)
 
 
 def _counts(items: Iterable[str]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""What is this file or folder: architecture, tensors, types, bits per weight."""
+"""What is this file or folder: architecture, tensors, types, bits per weight, and on which lattice its weights sit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         output.write_result(found, args.json)
     if args.json != "-":
+        from lowbit.cli import tables
         from lowbit.report import terminal  # type: ignore[attr-defined]
 
         terminal.show_inspection(found, sys.stdout)
+        tables.show_lattices(found["tensors"], sys.stdout)
     return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,7 +16,7 @@ from lowbit.checkpoint.gguf_file import Field, TensorHead, pad_to, write_header
 from lowbit.errors import Unsupported
 from lowbit.files import replacing
 from lowbit.grid.base import Grid
-from lowbit.pack import tokenizer
+from lowbit.pack import lattice, tokenizer
 
 # llama.cpp's LLAMA_FTYPE_*: what `general.file_type` says a file mostly is.
 FILE_TYPES = {
@@ -28,23 +28,37 @@ _REPLACED = ("general.file_type", "general.quantization_version")
 _SLICE_WEIGHTS = 1 << 22  # weights rounded at a time: 16 MiB of float32
 
 
-def write(checkpoint: Checkpoint, types: Mapping[str, str], out: Path, *, file_type: str, naive: bool) -> int:
-    """Writes the file whole or not at all and returns its size in bytes. ``types``: grid name by tensor name."""
+def write(
+    checkpoint: Checkpoint,
+    types: Mapping[str, str],
+    out: Path,
+    *,
+    file_type: str,
+    naive: bool,
+    check: Callable[[Path], None] | None = None,
+) -> int:
+    """Writes the file whole or not at all and returns its size in bytes. ``types``: grid name by tensor name.
+
+    check: is given the whole file before it takes its name, and may refuse it by raising.
+    """
     fields = metadata(checkpoint, file_type)
     computed = checkpoint.family.computed(checkpoint.config)
     specs = list(checkpoint.specs.values())
     heads = [_head(spec, grids.get(types[spec.name])) for spec in specs]
     heads += [TensorHead(name, values.shape, grids.get("f32").ggml_type) for name, values in computed.items()]
-    with replacing(out) as partial, open(partial, "wb") as handle:
-        offsets = write_header(handle, fields, heads)
-        for spec, offset in zip(specs, offsets, strict=False):
-            pad_to(handle, offset)
-            for rows in encoded(checkpoint, spec, grids.get(types[spec.name]), naive=naive):
-                _put(handle, rows)
-        for values, offset in zip(computed.values(), offsets[len(specs) :], strict=True):
-            pad_to(handle, offset)
-            _put(handle, values)
-        size = handle.tell()
+    with replacing(out) as partial:
+        with open(partial, "wb") as handle:
+            offsets = write_header(handle, fields, heads)
+            for spec, offset in zip(specs, offsets, strict=False):
+                pad_to(handle, offset)
+                for rows in encoded(checkpoint, spec, grids.get(types[spec.name]), naive=naive):
+                    _put(handle, rows)
+            for values, offset in zip(computed.values(), offsets[len(specs) :], strict=True):
+                pad_to(handle, offset)
+                _put(handle, values)
+            size = handle.tell()
+        if check is not None:
+            check(partial)
     return size
 
 
@@ -83,17 +97,35 @@ def encoded(checkpoint: Checkpoint, spec: TensorSpec, grid: Grid, *, naive: bool
         # Blocks run along a row, so reordering rows moves whole rows of bytes and changes no block.
         yield blocks if order is None else blocks[order]
         return
-    values = checkpoint.read(spec.name)
+    values = file_values(checkpoint, spec)
+    recovers = grid.has_scales and not naive
+    dtype = precision_of(checkpoint, spec, values) if recovers else "F32"
+    step = max(1, _SLICE_WEIGHTS // values.shape[1])
+    for start in range(0, len(values), step):
+        part = values[start : start + step]
+        if recovers:
+            # Quantization-aware training leaves values without their codes and scales. Where these cannot be found
+            # again this is ordinary rounding.
+            yield grid.pack(lattice.recover(part, dtype, grid)[0])
+        else:
+            yield ggml.quantize(part, grid.ggml_type) if naive else grid.pack(grid.quantize(part))
+
+
+def file_values(checkpoint: Checkpoint, spec: TensorSpec) -> np.ndarray:
+    """The tensor's values as the file means them: (rows, n) float32, a vector as one row; rows in the file's order and
+    its offset added. Raises BadFile on NaN or Inf."""
+    values, order = checkpoint.read(spec.name), spec.gguf_rows()
     if order is not None:
         values = values[order]
     if spec.gguf_offset:
         values = values + np.float32(spec.gguf_offset)
     grids.check_finite(values, f"{checkpoint.path}: {spec.name}")
-    rows = values.reshape(-1, values.shape[-1])
-    step = max(1, _SLICE_WEIGHTS // rows.shape[1])
-    for start in range(0, len(rows), step):
-        part = rows[start : start + step]
-        yield ggml.quantize(part, grid.ggml_type) if naive else grid.pack(grid.quantize(part))
+    return values.reshape(-1, values.shape[-1])
+
+
+def precision_of(checkpoint: Checkpoint, spec: TensorSpec, values: np.ndarray) -> str:
+    """What ``file_values`` are rounded to: 'BF16', 'F16' or 'F32'; after an offset it is F32."""
+    return "F32" if spec.gguf_offset else lattice.precision(values, checkpoint.info(spec.name).dtype)
 
 
 def _head(spec: TensorSpec, grid: Grid) -> TensorHead:
