@@ -29,7 +29,8 @@ _PROBED = 8  # weights of a block that a guess must fit before the others are lo
 _LEAST = 2.0**-26  # an extremum below has no float16 scale but 0
 _HUGE = 2.0**120  # scales from here on may overflow with their codes
 _ROOM = 1 + 2.0**-18  # the ends of an interval are computed with an error of 2^-23; the check that follows has none
-_REFITS = 2
+_REFITS = 2  # of a scale to its codes, off the lattice
+_REFITTED = 8  # grids up to this code; with the 127 of Q8_0 nothing is gained worth leaving ggml's rule for
 
 
 def recover(values: np.ndarray, dtype: str, grid: Grid) -> tuple[Blocks, np.ndarray]:
@@ -37,7 +38,7 @@ def recover(values: np.ndarray, dtype: str, grid: Grid) -> tuple[Blocks, np.ndar
 
     dtype: what the values are rounded to, 'BF16', 'F16' or 'F32' (see ``precision``). grid: one with scales.
     Returns Blocks and a status (rows, n / block_size) uint8, the same that ``judge`` gives for them. Blocks off the
-    lattice get the grid's own rounding, or a scale fitted to it by least squares where that is nearer.
+    lattice get the grid's own rounding; in 4 bits, a scale fitted to it by least squares where that is nearer.
     Raises BadFile on NaN or Inf.
     """
     shape = (values.shape[0], values.shape[1] // grid.block_size)
@@ -117,7 +118,7 @@ def _recover(w: np.ndarray, dtype: str, grid: Grid) -> tuple[np.ndarray, np.ndar
     codes[rest[hit]], scales[rest[hit]] = found[hit], its_scales[hit]
     exact[rest] = error == 0
     off = rest[~hit]
-    if off.size:
+    if off.size and -grid.min_code <= _REFITTED:
         codes[off], scales[off] = _nearer(w[off], codes[off], scales[off], grid)
         exact[off] = _reproduces(w[off], codes[off], scales[off], dtype)  # that may have come upon one
     return codes, scales, _with_the_rest(exact, w, codes, scales, dtype)
