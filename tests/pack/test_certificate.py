@@ -20,7 +20,7 @@ from lowbit import grid as grids
 from lowbit.checkpoint import Tensor, open_checkpoint, write_checkpoint
 from lowbit.checkpoint.gguf_file import GgufFile
 from lowbit.cli import main
-from lowbit.errors import BadFile, CannotWrite, NotFound
+from lowbit.errors import BadFile, CannotWrite, NotFound, Unsupported
 from lowbit.pack import PackResult, certificate
 
 Make = Callable[..., Path]
@@ -186,8 +186,23 @@ def test_other_recipes(qat: Make, tmp_path: Path, recipe: str) -> None:
     assert saved["totals"]["off_lattice"] == 0
 
 
-def test_types_without_a_grid_are_listed(packaged_gguf: Callable[[str], Path]) -> None:
-    """A stranger's Q4_1 file against itself: what cannot be compared says so and counts as nothing."""
+def test_a_strangers_q4_1_against_itself(packaged_gguf: Callable[[str], Path]) -> None:
+    """Formats with a minimum a block have no lattice to recover, and are compared value for value."""
+    proved = lowbit.pack.verify(packaged_gguf("smollm2-135m"), "smollm2-135m")
+    assert not any(tensor.note for tensor in proved.tensors)
+    assert proved.totals["exact"] == proved.totals["blocks"] > 4_000_000
+
+
+def test_types_without_a_grid_are_listed(packaged_gguf: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be compared says so and counts as nothing."""
+    by_ggml_type = grids.by_ggml_type
+
+    def without_q4_1(ggml_type: int) -> grids.Grid:
+        if int(ggml_type) == grids.get("q4_1").ggml_type:
+            raise Unsupported("no grid for this ggml type")
+        return by_ggml_type(ggml_type)
+
+    monkeypatch.setattr(grids, "by_ggml_type", without_q4_1)
     proved = lowbit.pack.verify(packaged_gguf("smollm2-135m"), "smollm2-135m")
     listed = [tensor for tensor in proved.tensors if tensor.note]
     assert {tensor.type for tensor in listed} == {"q4_1"} and not sum(tensor.blocks for tensor in listed)
