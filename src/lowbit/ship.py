@@ -117,8 +117,8 @@ class _Run:
         names = (RECORD, PAGE, "checkpoint", *(path.name for path in self._ggufs()))
         there = next((self.out / name for name in names if (self.out / name).exists()), None)
         if there is not None:
-            found = "files, and no work/ to go on from"
-            raise BadOption("not a run to go on with", where=there.parent, found=found, hint="Choose another --out")
+            found = "this file, and no work/ to go on from"
+            raise BadOption("the folder is no run to go on with", where=there, found=found, hint="Choose another --out")
 
     def _start_over(self) -> None:
         """Lets another model or other options have the folder as long as no training has begun in it."""
