@@ -174,7 +174,7 @@ class _Run:
                 pool = data.load_sequences(self.options.data, self.tokenizer, self.length, limit)
                 sources = [{"name": self.options.data, "license": None}]
                 wanted = self._affordable(self.left(start))
-                rows = np.random.default_rng(self.options.seed).permutation(len(pool))[:wanted]
+                rows = data.order(len(pool), self.options.seed)[:wanted]
                 sampled, text = np.empty((0, self.length), np.int32), pool[rows]
             else:
                 sampled = self._sample(start)

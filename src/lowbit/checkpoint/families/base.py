@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -54,6 +54,43 @@ class TensorSpec:
         """The inverse of ``gguf_rows``."""
         rows = self.gguf_rows()
         return None if rows is None else np.argsort(rows)
+
+
+def decoder_tensors(
+    layer: Sequence[tuple[str, str, str, tuple[int, ...]]],
+    n_layers: int,
+    hidden: int,
+    vocab: int,
+    *,
+    tied: bool,
+    norm_offset: float = 0.0,
+) -> tuple[TensorSpec, ...]:
+    """Every tensor of a model of equal layers without biases, none of whose rows GGUF reorders.
+
+    layer: (Hugging Face name, GGUF name, role, shape) of each tensor of a layer, the names without their beginning and
+    ``.weight``. tied: the embedding is the output head. norm_offset: what GGUF's norms have on top of Hugging Face's.
+    """
+    named: list[tuple[str, str, str, tuple[int, ...]]] = [
+        ("model.embed_tokens", "token_embd", "embedding", (vocab, hidden)),
+        *(
+            (f"model.layers.{i}.{ours}", f"blk.{i}.{theirs}", role, shape)
+            for i in range(n_layers)
+            for ours, theirs, role, shape in layer
+        ),
+        ("model.norm", "output_norm", "norm", (hidden,)),
+    ]
+    if not tied:
+        named.append(("lm_head", "output", "output", (vocab, hidden)))
+    return tuple(
+        TensorSpec(
+            name=f"{ours}.weight",
+            gguf_name=f"{theirs}.weight",
+            role=role,
+            shape=shape,
+            gguf_offset=norm_offset if role == "norm" else 0.0,
+        )
+        for ours, theirs, role, shape in named
+    )
 
 
 class Family(ABC):
@@ -164,6 +201,13 @@ def positive(key: str, value: Any, where: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise BadConfig(f"bad value for {key}", where=where, found=repr(value)[:60], expected="a positive number")
     return float(value)
+
+
+def rope_of(config: Mapping[str, Any], where: object, allowed: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    """``rope_parameters`` of a config in which all layers rotate alike, under either of transformers' keys."""
+    theta = config.get("rope_theta") or 10000.0
+    key = "rope_parameters" if config.get("rope_parameters") is not None else "rope_scaling"
+    return rope_parameters(config.get(key), where, allowed, theta, key)
 
 
 def rope_parameters(

@@ -10,7 +10,17 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from lowbit.checkpoint.families.base import Family, Gguf, Keys, TensorSpec, real, rope_parameters, text, uint
+from lowbit.checkpoint.families.base import (
+    Family,
+    Gguf,
+    Keys,
+    TensorSpec,
+    decoder_tensors,
+    real,
+    rope_parameters,
+    text,
+    uint,
+)
 from lowbit.checkpoint.gguf_file import Field
 from lowbit.errors import BadConfig, BadFile, Unsupported
 
@@ -84,14 +94,9 @@ class Gemma3(Family):
             ("pre_feedforward_layernorm", "ffn_norm", "norm", (hidden,)),
             ("post_feedforward_layernorm", "post_ffw_norm", "norm", (hidden,)),
         )
-        specs = [_spec("model.embed_tokens", "token_embd", "embedding", (vocab, hidden))]
-        for i in range(config["num_hidden_layers"]):
-            for ours, theirs, role, shape in layer:
-                specs.append(_spec(f"model.layers.{i}.{ours}", f"blk.{i}.{theirs}", role, shape))
-        specs.append(_spec("model.norm", "output_norm", "norm", (hidden,)))
-        if config.get("tie_word_embeddings") is False:
-            specs.append(_spec("lm_head", "output", "output", (vocab, hidden)))
-        return tuple(specs)
+        tied = config.get("tie_word_embeddings") is not False
+        # Hugging Face multiplies by (1 + norm), llama.cpp by what the file holds.
+        return decoder_tensors(layer, config["num_hidden_layers"], hidden, vocab, tied=tied, norm_offset=1.0)
 
     def stored_name(self, name: str, stored: Collection[str]) -> str:
         for prefix in _PREFIXES:
@@ -169,14 +174,6 @@ class Gemma3(Family):
             "vocab_size": shapes["token_embd.weight"][0],
             **keys.token_ids(),
         }
-
-
-def _spec(name: str, gguf_name: str, role: str, shape: tuple[int, ...]) -> TensorSpec:
-    # Hugging Face multiplies by (1 + norm), llama.cpp by what the file holds.
-    offset = 1.0 if role == "norm" else 0.0
-    return TensorSpec(
-        name=f"{name}.weight", gguf_name=f"{gguf_name}.weight", role=role, shape=shape, gguf_offset=offset
-    )
 
 
 def _text_part(config: Mapping[str, Any], where: object) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lowbit.checkpoint.families.base import Family, Gguf, Keys, TensorSpec, real, rope_parameters, text, uint
+from lowbit.checkpoint.families.base import Family, Gguf, Keys, TensorSpec, real, rope_of, text, uint
 from lowbit.checkpoint.gguf_file import Field
 from lowbit.errors import BadConfig, BadFile, Unsupported
 
@@ -187,9 +187,7 @@ def _head_dim(config: Mapping[str, Any]) -> int:
 
 
 def _rope(config: Mapping[str, Any], where: object) -> dict[str, Any]:
-    theta = config.get("rope_theta") or 10000.0
-    key = "rope_parameters" if config.get("rope_parameters") is not None else "rope_scaling"
-    return rope_parameters(config.get(key), where, _ROPE, theta, key)
+    return rope_of(config, where, _ROPE)
 
 
 def _llama3_factors(rope: Mapping[str, Any], head_dim: int) -> np.ndarray:

@@ -9,7 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lowbit.checkpoint.families.base import Family, Gguf, Keys, TensorSpec, real, rope_parameters, text, uint
+from lowbit.checkpoint.families.base import (
+    Family,
+    Gguf,
+    Keys,
+    TensorSpec,
+    decoder_tensors,
+    real,
+    rope_of,
+    text,
+    uint,
+)
 from lowbit.checkpoint.gguf_file import Field
 from lowbit.errors import BadConfig, BadFile, Unsupported
 
@@ -68,14 +78,9 @@ class Qwen3(Family):
             ("input_layernorm", "attn_norm", "norm", (hidden,)),
             ("post_attention_layernorm", "ffn_norm", "norm", (hidden,)),
         )
-        specs = [_spec("model.embed_tokens", "token_embd", "embedding", (vocab, hidden))]
-        for i in range(config["num_hidden_layers"]):
-            for ours, theirs, role, shape in layer:
-                specs.append(_spec(f"model.layers.{i}.{ours}", f"blk.{i}.{theirs}", role, shape))
-        specs.append(_spec("model.norm", "output_norm", "norm", (hidden,)))
-        if not config.get("tie_word_embeddings"):
-            specs.append(_spec("lm_head", "output", "output", (vocab, hidden)))
-        return tuple(specs)
+        return decoder_tensors(
+            layer, config["num_hidden_layers"], hidden, vocab, tied=bool(config.get("tie_word_embeddings"))
+        )
 
     def ignorable(self, stored_name: str, config: Mapping[str, Any]) -> bool:
         return stored_name == "lm_head.weight" and bool(config.get("tie_word_embeddings"))
@@ -139,14 +144,8 @@ class Qwen3(Family):
         }
 
 
-def _spec(name: str, gguf_name: str, role: str, shape: tuple[int, ...]) -> TensorSpec:
-    return TensorSpec(name=f"{name}.weight", gguf_name=f"{gguf_name}.weight", role=role, shape=shape)
-
-
 def _rope(config: Mapping[str, Any], where: object) -> dict[str, Any]:
-    theta = config.get("rope_theta") or 10000.0
-    key = "rope_parameters" if config.get("rope_parameters") is not None else "rope_scaling"
-    return rope_parameters(config.get(key), where, _ROPE, theta, key)
+    return rope_of(config, where, _ROPE)
 
 
 FAMILY = Qwen3()
