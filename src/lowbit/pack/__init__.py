@@ -15,7 +15,8 @@ from lowbit import recipe as recipes
 from lowbit.checkpoint import Checkpoint, open_checkpoint
 from lowbit.pack import certificate as certificates
 from lowbit.pack import gguf_container
-from lowbit.pack.certificate import Certificate, TensorProof, verify
+from lowbit.pack.certificate import Certificate, verify
+from lowbit.pack.proof import TensorProof
 from lowbit.recipe import Recipe
 
 __all__ = ["Certificate", "PackResult", "TensorProof", "pack", "verify"]
@@ -40,6 +41,7 @@ def pack(
     *,
     naive: bool = False,
     certificate: bool = False,
+    threads: int | None = None,
 ) -> PackResult:
     """Writes ``checkpoint`` as a GGUF whose tensors lie on the grids that ``recipe`` assigns.
 
@@ -51,12 +53,16 @@ def pack(
     certificate: reads the file again before it takes its name, and writes OUT.certificate.json beside it: what of it is
     proved to be the source, bit for bit. ``lowbit pack`` always does.
 
-    A tensor is in memory at a time, and the file takes its name only when it is whole.
-    Raises BadFile (NaN or Inf in a tensor), Unsupported (tokenizer, row length), CannotWrite.
+    threads: how many work at it; by default as many as there are cores for this process. The bytes do not depend on it.
+
+    Some rows of a tensor are in memory at a time, and the file takes its name only when it is whole. Interrupted or
+    killed, the same call goes on from the last whole tensor (see ``partial``).
+    Raises BadFile (NaN or Inf in a tensor), Unsupported (tokenizer, row length), CannotWrite, and BadOption where
+    another process writes ``out``.
     """
     if not isinstance(checkpoint, Checkpoint):
         with open_checkpoint(checkpoint) as opened:
-            return pack(opened, recipe, out, naive=naive, certificate=certificate)
+            return pack(opened, recipe, out, naive=naive, certificate=certificate, threads=threads)
     if recipe == "source":
         name = _float_type(checkpoint)
         types = {n: name if len(checkpoint.info(n).shape) > 1 else "f32" for n in checkpoint.names}
@@ -67,12 +73,12 @@ def pack(
     proved: list[Certificate] = []
 
     def prove(whole: Path) -> None:
-        proved.append(certificates.prove(whole, checkpoint, final=out))
+        proved.append(certificates.prove(whole, checkpoint, final=out, threads=threads))
         # Before the file itself: a certificate without its file says so by its hash, a file without one says nothing.
         files.write_json(certificates.path_beside(out), proved[0].to_json())
 
     size = gguf_container.write(
-        checkpoint, types, out, file_type=name, naive=naive, check=prove if certificate else None
+        checkpoint, types, out, file_type=name, naive=naive, threads=threads, check=prove if certificate else None
     )
     if not certificate:  # an earlier file's would be of another file now
         certificates.path_beside(out).unlink(missing_ok=True)

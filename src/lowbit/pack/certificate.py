@@ -6,56 +6,24 @@ Every tensor of the source is read again, every block of the artifact is decoded
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
-import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from gguf.constants import GGMLQuantizationType
-
-from lowbit import console, files
-from lowbit import grid as grids
+from lowbit import files
 from lowbit.checkpoint import Checkpoint, open_checkpoint
-from lowbit.checkpoint.families.base import TensorSpec
 from lowbit.checkpoint.gguf_file import GgufFile
 from lowbit.checkpoint.model import read_json
-from lowbit.errors import BadFile, LowbitError, NotFound, Unsupported
-from lowbit.grid.base import Grid
-from lowbit.pack import identify, lattice
-from lowbit.pack.gguf_container import file_values, precision_of
+from lowbit.errors import BadFile, NotFound, Unsupported
+from lowbit.pack.proof import TensorProof, prove_tensors
+from lowbit.threads import available_cores, in_order
 
 FORMAT = "lowbit-certificate/1"
 SUFFIX = ".certificate.json"
-_SLICE_WEIGHTS = 1 << 20  # decoded and compared at a time
-_FLOATS = ("BF16", "F16", "F32")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorProof:
-    """What is proved of one tensor.
-
-    name: Hugging Face's; of a tensor that only the artifact has, GGUF's. type: the artifact's, 'q4_0'. source_dtype: as
-    the source stores it; rounded_to: the dtype in which the two are compared ('BF16' also for F32 that holds nothing
-    finer). grid: the lattice that the source's values sit on, found in a sample of rows; 'none'; None for a vector.
-    blocks = exact + within_scale_rounding + off_lattice, counted in the artifact's own blocks; a tensor of floats is
-    counted in rows. max_error: the largest |artifact - source| of a weight in the blocks that are not exact.
-    note: why a tensor was not compared; its blocks are 0 then.
-    """
-
-    name: str
-    type: str
-    source_dtype: str | None = None
-    rounded_to: str | None = None
-    grid: str | None = None
-    blocks: int = 0
-    exact: int = 0
-    within_scale_rounding: int = 0
-    off_lattice: int = 0
-    max_error: float = 0.0
-    note: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +63,10 @@ def path_beside(artifact: str | Path) -> Path:
     return path.with_name(path.name + SUFFIX)
 
 
-def verify(artifact: str | Path, source: Checkpoint | str | Path) -> Certificate:
+def verify(artifact: str | Path, source: Checkpoint | str | Path, *, threads: int | None = None) -> Certificate:
     """Proves a GGUF, made by whatever program, against the checkpoint that it was made from. Writes nothing.
+
+    threads: how many work at it; by default as many as there are cores for this process.
 
     A certificate that lies beside the artifact must be the artifact's own and, where it is of the same source, say
     the same. Raises NotFound, Unsupported, or BadFile: not a GGUF or truncated, of another model, with NaN or Inf, or a
@@ -104,13 +74,13 @@ def verify(artifact: str | Path, source: Checkpoint | str | Path) -> Certificate
     """
     if not isinstance(source, Checkpoint):
         with open_checkpoint(source) as opened:
-            return verify(artifact, opened)
+            return verify(artifact, opened, threads=threads)
     path = Path(artifact)
     if not path.is_file():
         raise NotFound("no such file", where=path, expected="a GGUF")
-    _open(path, source)  # a damaged file is to be called that, and not another than its certificate's
+    _open(path, source).close()  # a damaged file is to be called that, and not another than its certificate's
     stated = _stated(path)
-    proved = prove(path, source)
+    proved = prove(path, source, threads=threads)
     if stated and stated.get("source_sha256") == proved.source_sha256 and stated.get("totals") != proved.totals:
         raise BadFile(
             "the certificate does not say what is so",
@@ -119,38 +89,43 @@ def verify(artifact: str | Path, source: Checkpoint | str | Path) -> Certificate
     return proved
 
 
-def prove(artifact: Path, source: Checkpoint, *, final: Path | None = None) -> Certificate:
+def prove(artifact: Path, source: Checkpoint, *, final: Path | None = None, threads: int | None = None) -> Certificate:
     """The certificate of the file ``artifact``, which will be called ``final``. Raises BadFile and Unsupported."""
-    file, label = _open(artifact, source), final or artifact
-    specs = tuple(source.specs.values())
-    tensors = []
-    with console.progress("Proving", source.n_weights) as bar:
-        done = 0
-        for spec in specs:
-            tensors.append(_prove_tensor(file, source, spec, f"{label}: {spec.gguf_name}"))
-            done += math.prod(spec.shape)
-            bar.update(done)
-    known = {spec.gguf_name for spec in specs} | set(source.family.computed(source.config))
+    label, threads = final or artifact, threads or available_cores()
+    with contextlib.closing(_open(artifact, source)) as file:
+        tensors = prove_tensors(file, source, str(label), threads)
+    known = {spec.gguf_name for spec in source.specs.values()} | set(source.family.computed(source.config))
     for extra in sorted(set(file.entries) - known):
         dtype = file.entries[extra].dtype.lower()
         tensors.append(TensorProof(name=_utf8(extra), type=dtype, note="the source has no such tensor"))
+    artifact_sha256, *hashes = _sha256((artifact, *_source_files(source)), threads)
     return Certificate(
         source=_utf8(source.name),
         artifact=_utf8(label.name),
-        source_sha256=source_sha256(source),
-        artifact_sha256=files.sha256(artifact),
+        source_sha256=_joined(source, hashes),
+        artifact_sha256=artifact_sha256,
         tensors=tuple(tensors),
     )
 
 
-def source_sha256(source: Checkpoint) -> str:
+def source_sha256(source: Checkpoint, *, threads: int | None = None) -> str:
     """SHA-256 of the source's one file; of several, that of the text `sha256sum *.safetensors` prints in the folder."""
-    if source.path.is_file():
-        return files.sha256(source.path)
-    hashes = {path.name: files.sha256(path) for path in sorted(source.path.glob("*.safetensors"))}
+    return _joined(source, _sha256(_source_files(source), threads or available_cores()))
+
+
+def _source_files(source: Checkpoint) -> list[Path]:
+    return [source.path] if source.path.is_file() else sorted(source.path.glob("*.safetensors"))
+
+
+def _sha256(paths: Iterable[Path], threads: int) -> list[str]:
+    return list(in_order((functools.partial(files.sha256, path) for path in paths), threads))
+
+
+def _joined(source: Checkpoint, hashes: list[str]) -> str:
     if len(hashes) == 1:
-        return next(iter(hashes.values()))
-    listing = "".join(f"{digest}  {name}\n" for name, digest in hashes.items())
+        return hashes[0]
+    names = (path.name for path in _source_files(source))
+    listing = "".join(f"{digest}  {name}\n" for digest, name in zip(hashes, names, strict=True))
     return hashlib.sha256(listing.encode()).hexdigest()
 
 
@@ -193,69 +168,6 @@ def _open(artifact: Path, source: Checkpoint) -> GgufFile:
                 "not the source's shape", where=where, found=list(entry.shape), expected=list(spec.shape), hint=hint
             )
     return file
-
-
-def _prove_tensor(file: GgufFile, source: Checkpoint, spec: TensorSpec, where: str) -> TensorProof:
-    entry, info = file.entries[spec.gguf_name], source.info(spec.name)
-    try:
-        grid = grids.by_ggml_type(GGMLQuantizationType[entry.dtype])
-    except LowbitError:
-        kind = entry.dtype.lower()
-        return TensorProof(
-            name=spec.name, type=kind, source_dtype=info.dtype, note=f"lowbit cannot decode {kind}: not compared"
-        )
-    values = file_values(source, spec)
-    dtype = precision_of(source, spec, values)
-    counts, max_error = np.zeros(3, np.int64), 0.0
-    raw = file.raw(spec.gguf_name).reshape(len(values), -1)
-    for part in _row_slices(values):
-        status, error = _compare(values[part], raw[part], grid, dtype, where)
-        counts += np.bincount(status.reshape(-1), minlength=3)
-        max_error = max(max_error, error)
-    return TensorProof(
-        name=spec.name,
-        type=grid.name,
-        source_dtype=info.dtype,
-        rounded_to=dtype,
-        grid=_lattice_of(values, info.dtype) if len(spec.shape) > 1 else None,
-        blocks=int(counts.sum()),
-        exact=int(counts[lattice.EXACT]),
-        within_scale_rounding=int(counts[lattice.WITHIN_SCALE_ROUNDING]),
-        off_lattice=int(counts[lattice.OFF_LATTICE]),
-        max_error=max_error,
-    )
-
-
-def _compare(values: np.ndarray, raw: np.ndarray, grid: Grid, dtype: str, where: str) -> tuple[np.ndarray, float]:
-    """Statuses (rows, n_blocks) of stored bytes (rows, row_bytes), and the largest error outside of exact blocks."""
-    blocks = grid.unpack(raw)
-    if blocks.scales is not None:
-        grids.check_finite(blocks.scales, where)
-    stored = grid.dequantize(blocks)
-    grids.check_finite(stored, where)
-    if grid.has_scales:
-        status = lattice.judge(values, blocks, dtype)
-    else:
-        size = grid.block_size if grid.block_size > 1 else values.shape[1]
-        same = (lattice.round_to(stored, dtype) == values).reshape(len(values), -1, size).all(-1)
-        status = np.where(same, lattice.EXACT, lattice.OFF_LATTICE)
-    wrong = status != lattice.EXACT
-    if not wrong.any():
-        return status, 0.0
-    shape = (*status.shape, -1)
-    differences = stored.reshape(shape)[wrong].astype(np.float64) - values.reshape(shape)[wrong]
-    return status, float(np.abs(differences).max())
-
-
-def _row_slices(values: np.ndarray) -> Iterator[slice]:
-    step = max(1, _SLICE_WEIGHTS // values.shape[1])
-    return (slice(start, start + step) for start in range(0, len(values), step))
-
-
-def _lattice_of(values: np.ndarray, dtype: str) -> str:
-    if dtype not in _FLOATS:
-        return f"stored as {dtype.lower()}"
-    return identify.describe(values[identify.sample(*values.shape)], dtype)
 
 
 def _utf8(name: str) -> str:
