@@ -46,6 +46,11 @@ def library() -> ctypes.CDLL:
     return lib
 
 
+def is_installed() -> bool:
+    """Whether there is a C library to load."""
+    return importlib.util.find_spec("xllamacpp") is not None
+
+
 def quantize(x: np.ndarray, ggml_type: int) -> np.ndarray:
     """Rounds ``x`` (rows, n) float32 as llama-quantize does, without an importance matrix.
 

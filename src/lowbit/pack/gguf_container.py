@@ -139,6 +139,9 @@ def encoder(checkpoint: Checkpoint, spec: TensorSpec, grid: Grid, *, naive: bool
     if checkpoint.info(spec.name).grid == grid.name:
         return functools.partial(_stored, checkpoint, spec, grid)
     if not grid.has_scales:
+        # The same bits from either; K-quants from the C library in a quarter of the time.
+        if grid.block_size > 1 and ggml.is_installed():
+            return lambda start, stop: ggml.quantize(values(start, stop), grid.ggml_type)
         return lambda start, stop: grid.pack(grid.quantize(values(start, stop)))
     # Quantization-aware training leaves values without their codes and scales. Where these cannot be found again this
     # is ordinary rounding.
