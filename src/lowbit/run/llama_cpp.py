@@ -20,6 +20,7 @@ import numpy as np
 from lowbit.checkpoint.gguf_file import GgufFile
 from lowbit.errors import BadFile, BadOption, BadText, NotFound, RuntimeFailed
 from lowbit.run import _chat_template, _llama_h, _trial
+from lowbit.run._products import Observer, Watch
 from lowbit.run._sampling import sample
 from lowbit.threads import available_cores
 from lowbit.units import MIB
@@ -53,6 +54,7 @@ class LlamaCpp:
     logits_all:      False keeps room for one row of logits only: generation and chat, but no logits()
     logits_rows:     rows of logits that logits() computes at a time; None means ubatch, or fewer where the vocabulary
                      is so large that they would take more than 128 MiB
+    observer:        is shown the products of weights and activations as they are computed (see _products.py)
     trusted:         True skips the look at the file in a child process (see _trial.py)
 
     Raises NotFound, BadFile (not a GGUF, truncated, unknown architecture), BadOption, RuntimeFailed.
@@ -69,6 +71,7 @@ class LlamaCpp:
         flash_attention: bool | None = None,
         logits_all: bool = True,
         logits_rows: int | None = None,
+        observer: Observer | None = None,
         trusted: bool = False,
     ) -> None:
         self.path = Path(path)
@@ -80,6 +83,7 @@ class LlamaCpp:
         self._llama = _llama_h.load()
         self._lib = self._llama.lib
         self.logits_all = logits_all
+        self._watch = Watch(self._lib, observer) if observer is not None else None
         self._model = self._load_model()
         self._free_model = weakref.finalize(self, self._lib.llama_model_free, self._model)
         try:
@@ -120,6 +124,8 @@ class LlamaCpp:
         params.type_k = params.type_v = KV_TYPES[kv_type]
         params.flash_attn_type = -1 if flash_attention is None else int(flash_attention)
         params.swa_full = False  # as llama.cpp's programs do: a sliding-window layer keeps its window only
+        if self._watch is not None:
+            params.cb_eval = ctypes.cast(self._watch.callback, ctypes.c_void_p)
         self._llama.log.take()
         handle = self._lib.llama_init_from_model(self._model, params)
         if not handle:
@@ -362,6 +368,8 @@ class LlamaCpp:
         (outputs, n_vocab), in llama.cpp's own buffer: valid until the next call."""
         context = self._open_context()
         status = self._lib.llama_decode(context, self._batch.fill(ids, self._past, outputs))
+        if self._watch is not None:
+            self._watch.check()
         if status != 0:
             raise RuntimeFailed(
                 "llama.cpp could not decode", where=self.path, found=f"status {status} {self._llama.log.take()}".strip()
