@@ -22,7 +22,7 @@ ORDER = (
     ("recipe",),
     ("run",),
     ("train",),
-    ("pack",),
+    ("calibrate", "pack"),
     ("measure",),
     ("inspect",),
     ("report",),

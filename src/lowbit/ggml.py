@@ -51,8 +51,8 @@ def is_installed() -> bool:
     return importlib.util.find_spec("xllamacpp") is not None
 
 
-def quantize(x: np.ndarray, ggml_type: int) -> np.ndarray:
-    """Rounds ``x`` (rows, n) float32 as llama-quantize does, without an importance matrix.
+def quantize(x: np.ndarray, ggml_type: int, importance: np.ndarray | None = None) -> np.ndarray:
+    """Rounds ``x`` (rows, n) float32 as llama-quantize does; importance: (n,) float32, as of an importance matrix.
 
     Returns (rows, row_bytes) uint8. Raises BadFile on NaN or Inf, Unsupported where n is not a multiple of the block
     size or the type cannot be made this way.
@@ -63,12 +63,17 @@ def quantize(x: np.ndarray, ggml_type: int) -> np.ndarray:
     lib = library()
     if ggml_type in _NOT_FOR_WEIGHTS:
         raise Unsupported("ggml cannot quantize to this type", found=type_name(ggml_type))
-    if lib.ggml_quantize_requires_imatrix(ggml_type):
+    if importance is None and lib.ggml_quantize_requires_imatrix(ggml_type):
         raise Unsupported("this ggml type needs an importance matrix", found=type_name(ggml_type))
     if not np.isfinite(x).all():
         raise BadFile("the weights are not finite", found="NaN or Inf", expected="finite numbers")
+    if importance is not None:
+        importance = np.ascontiguousarray(importance, dtype=np.float32)
+        if importance.shape != (n,):
+            raise BadFile("an importance is not the row's", found=importance.shape, expected=(n,))
+    weights = None if importance is None else importance.ctypes.data
     if raw.size:
-        written = lib.ggml_quantize_chunk(ggml_type, x.ctypes.data, raw.ctypes.data, 0, rows, n, None)
+        written = lib.ggml_quantize_chunk(ggml_type, x.ctypes.data, raw.ctypes.data, 0, rows, n, weights)
         if written != raw.size:
             raise Unsupported("ggml cannot quantize to this type", found=type_name(ggml_type))
     return raw

@@ -23,6 +23,7 @@ VERBS = {
     "ship": "train, pack, measure and report: one command to the artifact that ships",
     "train": "quantization-aware training by distillation, on the exact grid of the target format",
     "pack": "write a checkpoint as GGUF, a tensor at a time",
+    "calibrate": "measure what each weight does to the output, for pack --calibration",
     "inspect": "what is this file: architecture, tensors, types, bits per weight",
     "measure": "fidelity, speed and memory of packed files in llama.cpp, with intervals",
     "report": "make a run folder's report again and print it",

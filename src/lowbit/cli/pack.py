@@ -5,27 +5,40 @@ values. --verify proves a GGUF that is there already, whoever made it."""
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 
 from lowbit.cli import output
-from lowbit.cli.training import positive
+from lowbit.cli.training import positive, positive_number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help="a checkpoint folder, or any MODEL")
-    parser.add_argument(
-        "--recipe", default="q4_0", help="type of the matrices: q4_0 (default), q4_1, q5_0, q5_1, q8_0, f16, bf16, f32"
-    )
+    parser.add_argument("--recipe", help="type of the matrices: q4_0 (default), q4_1, q5_0, q5_1, q8_0, f16, bf16, f32")
     parser.add_argument("-o", "--out", metavar="FILE", help="the GGUF to write, and FILE.certificate.json beside it")
     parser.add_argument(
         "--naive",
         action="store_true",
         help="round all anew as llama.cpp's quantize does, stored codes or not",
     )
+    parser.add_argument("--calibration", metavar="FILE", help="round by what `lowbit calibrate` measured of this model")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--bits", type=positive_number, metavar="N", help="choose each tensor's type: N bits a weight")
+    budget.add_argument("--size", type=size_in_bytes, metavar="SIZE", help="... or a file of SIZE (4GiB, 105MB, bytes)")
     parser.add_argument("--verify", metavar="ARTIFACT", help="write nothing; prove this GGUF against --source")
     parser.add_argument("--source", metavar="CHECKPOINT", help="with --verify: what the GGUF was made from")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: one a core)")
     parser.add_argument("--json", metavar="FILE", help="write the certificate to FILE too; - is standard output")
+
+
+def size_in_bytes(text: str) -> int:
+    """argparse type: '4GiB', '105MB' or a number of bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE | re.ASCII)
+    power = " KMGT".index(match[2].upper() or " ") if match else 0
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** power) if match else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}; expected a size such as 4GiB, 105MB or a number of bytes")
+    return size
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,6 +52,9 @@ def _check(args: argparse.Namespace) -> None:
 
     if args.verify is None:
         missing = {"CHECKPOINT": args.checkpoint, "-o/--out": args.out}
+        budgeted = args.bits is not None or args.size is not None
+        if budgeted and args.recipe is not None:
+            raise BadOption("--bits and --size choose the types", found="--recipe", hint="Leave out one of the two")
         if args.source is not None:
             raise BadOption("--source goes with --verify", hint="`lowbit pack --help` lists the options")
     else:
@@ -58,12 +74,24 @@ def _pack(args: argparse.Namespace) -> int:
     from lowbit.units import format_bytes
 
     with output.results_only():
-        packed = pack(args.checkpoint, args.recipe, args.out, naive=args.naive, certificate=True, threads=args.threads)
+        packed = pack(
+            args.checkpoint,
+            args.recipe or "q4_0",
+            args.out,
+            naive=args.naive,
+            certificate=True,
+            calibration=args.calibration,
+            bits=args.bits,
+            size=args.size,
+            threads=args.threads,
+        )
     assert packed.certificate is not None
     bits = inspect(packed.path)["bits_per_weight"]
     if not console.is_quiet():
         from lowbit.cli import tables
 
+        if packed.mix is not None:
+            tables.show_mix(packed.mix.table(), sys.stderr)
         tables.show_certificate(packed.certificate.to_json(), sys.stderr)
     console.log(f"{format_bytes(packed.size_bytes)}, {bits:.2f} bits per weight")
     if args.json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import re
 from collections.abc import Iterable, Mapping
 from typing import IO, Any
@@ -10,6 +11,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from lowbit.units import format_bytes
 
 _COUNTS = ("blocks", "exact", "within_scale_rounding", "off_lattice")
 _WIDTH = 180  # where there is no terminal to ask
@@ -40,6 +43,28 @@ def show_certificate(certificate: Mapping[str, Any], stream: IO[str]) -> None:
     share = _percent(totals["exact"], totals["blocks"])
     line = f"{certificate['artifact']}: {share} of {totals['blocks']:,} blocks are the source, bit for bit"
     console.print(_plain(line))
+
+
+def show_mix(rows: Iterable[Mapping[str, Any]], stream: IO[str]) -> None:
+    """What a budget was spent on: of each kind of tensor the types chosen, and what they cost the output. ``rows``:
+    Mix.table()."""
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", show_footer=True)
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        kinds.setdefault(kind_of(row["name"]), []).append(row)
+    every = [row for group in kinds.values() for row in group]
+    size, cost = sum(row["bytes"] for row in every), sum(row["cost"] for row in every)
+    table.add_column("tensors", footer="total", overflow="fold")
+    table.add_column("types", overflow="fold")
+    table.add_column("size", footer=format_bytes(size), justify="right")
+    table.add_column("nats a token", footer=f"{cost:.2g}", justify="right")
+    for kind, group in kinds.items():
+        types = collections.Counter(row["type"] for row in group)
+        said = ", ".join(f"{count} × {name}" if len(group) > 1 else name for name, count in sorted(types.items()))
+        size, cost = sum(row["bytes"] for row in group), sum(row["cost"] for row in group)
+        times = f"{len(group)} × " if len(group) > 1 else ""
+        table.add_row(_plain(times + kind), said, format_bytes(size), f"{cost:.2g}")
+    _console(stream).print(table)
 
 
 def show_lattices(tensors: Iterable[Mapping[str, Any]], stream: IO[str]) -> None:

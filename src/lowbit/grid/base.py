@@ -54,6 +54,7 @@ class Grid(ABC):
     block_bytes: ClassVar[int]  # bytes a block
     max_code: ClassVar[int] = 0  # codes run from min_code to max_code; 0 for the float formats, MXFP4 among them
     min_code: ClassVar[int] = 0
+    ladder_group: ClassVar[int] = 0  # weights that share a step and an offset, where ``ladder`` tells them
 
     @property
     def bits_per_weight(self) -> float:
@@ -79,6 +80,11 @@ class Grid(ABC):
     @abstractmethod
     def unpack(self, raw: np.ndarray) -> Blocks:
         """The inverse of ``pack``. numpy only."""
+
+    def ladder(self, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
+        """Step and offset of each group of ``ladder_group`` weights: value = code * step + offset, both float32
+        (..., n / ladder_group). Formats whose groups are more than one float16 scale only. numpy only."""
+        raise NotImplementedError(f"{self.name} has no ladder")
 
     def encode(self, x: Array, scales: Array) -> Blocks:
         """The nearest codes for ``x`` (..., n) float32, finite, on the given float16 ``scales`` (..., n_blocks).

@@ -19,6 +19,7 @@ class Q4_1(Grid):
     block_size = 32
     block_bytes = 2 + 2 + 16  # the float16 scale, the float16 minimum, then 32 nibbles
     min_code, max_code = 0, 15
+    ladder_group = 32
 
     @property
     def has_scales(self) -> bool:
@@ -52,6 +53,9 @@ class Q4_1(Grid):
             values *= cast(blocks.scales, "float32")[..., None]
             values += cast(blocks.mins, "float32")[..., None]
         return as_rows(values)
+
+    def ladder(self, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
+        return cast(blocks.scales, "float32"), cast(blocks.mins, "float32")
 
     def pack(self, blocks: Blocks) -> np.ndarray:
         codes = np.asarray(blocks.codes).view(np.uint8)

@@ -27,6 +27,7 @@ class Q4_K(Grid):
     block_size = 256
     block_bytes = 2 + 2 + 12 + 128  # float16 scale and minimum, the groups' scales and minimums, then nibbles
     min_code, max_code = 0, 15
+    ladder_group = 32
     # The search tries max_code + first + i / 10 steps to the range of a group, for i from 0 to tries - 1.
     first: ClassVar[float] = -1.0
     tries: ClassVar[int] = 21
@@ -59,6 +60,10 @@ class Q4_K(Grid):
             values = cast(blocks.codes, "float32").reshape(*steps.shape, 32) * steps[..., None]
             values -= offsets[..., None]
         return as_rows(values.reshape(*steps.shape[:-1], 256))
+
+    def ladder(self, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
+        steps = cast(blocks.scales, "float32")[..., None] * cast(blocks.sub_scales, "float32")
+        return steps, -(cast(blocks.mins, "float32")[..., None] * cast(blocks.sub_mins, "float32"))
 
     def pack(self, blocks: Blocks) -> np.ndarray:
         codes = np.asarray(blocks.codes).view(np.uint8)

@@ -22,6 +22,7 @@ class Q6_K(Grid):
     block_size = 256
     block_bytes = 128 + 64 + 16 + 2  # lower 4 bits, upper 2 bits, the groups' scales, the float16 scale
     min_code, max_code = -32, 31
+    ladder_group = 16
 
     @property
     def has_scales(self) -> bool:
@@ -50,6 +51,10 @@ class Q6_K(Grid):
             steps = cast(blocks.scales, "float32")[..., None] * cast(blocks.sub_scales, "float32")
             values = cast(blocks.codes, "float32").reshape(*steps.shape, 16) * steps[..., None]
         return as_rows(values.reshape(*steps.shape[:-1], 256))
+
+    def ladder(self, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
+        steps = cast(blocks.scales, "float32")[..., None] * cast(blocks.sub_scales, "float32")
+        return steps, np.zeros_like(steps)
 
     def pack(self, blocks: Blocks) -> np.ndarray:
         unsigned = (np.asarray(blocks.codes) + np.int8(32)).view(np.uint8)

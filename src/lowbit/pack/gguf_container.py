@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from lowbit import __version__, console, ggml
 from lowbit import grid as grids
@@ -20,7 +21,8 @@ from lowbit.checkpoint.gguf_file import Field, TensorHead, write_header
 from lowbit.checkpoint.tensor_file import pick_rows
 from lowbit.errors import Unsupported
 from lowbit.grid.base import Grid
-from lowbit.pack import lattice, tokenizer
+from lowbit.pack import identify, lattice, mix, tokenizer
+from lowbit.pack.calibration import Calibration
 from lowbit.pack.partial import Partial, resumable
 from lowbit.pack.rows import file_rows, precision_of, row_slices
 from lowbit.threads import available_cores, in_order
@@ -33,6 +35,7 @@ _GUESSED = 1024
 _QUANTIZATION_VERSION = 2
 _REPLACED = ("general.file_type", "general.quantization_version")
 _SLICE_WEIGHTS = 1 << 18  # weights encoded at a time: float32 and bytes fit in a core's cache
+_COMPENSATED_ROWS = 512
 
 Encoder = Callable[[int, int], np.ndarray]
 
@@ -45,6 +48,7 @@ def write(
     file_type: str,
     naive: bool,
     threads: int | None = None,
+    calibration: Calibration | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> int:
     """Writes the file whole or not at all and returns its size in bytes. ``types``: grid name by tensor name.
@@ -66,14 +70,16 @@ def write(
         "lowbit": __version__,
         "header": hashlib.sha256(start[0][1]).hexdigest(),
         "naive": naive,
+        "calibration": calibration.identity if calibration is not None else None,
         "source": [file.identity for file in checkpoint.files],
     }
     with resumable(out, size, start, specs, asked) as file:
         if file.done:
             console.log(f"{out}: going on, {len(file.done)} of {len(specs)} tensors are there")
         missing = {spec: at for spec, at in zip(specs.values(), offsets, strict=False) if spec.name not in file.done}
-        jobs = _jobs(checkpoint, missing, types, file, naive=naive)
+        jobs = _jobs(checkpoint, missing, types, file, naive=naive, calibration=calibration)
         with (
+            threadpool_limits(1, "blas"),  # the slices are what runs side by side
             console.progress("Packing", sum(math.prod(spec.shape) for spec in missing), "weights") as bar,
             contextlib.closing(in_order(jobs, threads or available_cores())) as finished,
         ):
@@ -88,7 +94,13 @@ def write(
 
 
 def _jobs(
-    checkpoint: Checkpoint, offsets: Mapping[TensorSpec, int], types: Mapping[str, str], file: Partial, *, naive: bool
+    checkpoint: Checkpoint,
+    offsets: Mapping[TensorSpec, int],
+    types: Mapping[str, str],
+    file: Partial,
+    *,
+    naive: bool,
+    calibration: Calibration | None,
 ) -> Iterator[Callable[[], tuple[TensorSpec, int, bool]]]:
     """For each slice of each tensor, what encodes and writes it: its tensor, its rows, whether it is the last."""
 
@@ -98,9 +110,22 @@ def _jobs(
         return spec, stop - start, stop == spec.n_rows
 
     for spec, at in offsets.items():
-        encode = encoder(checkpoint, spec, grids.get(types[spec.name]), naive=naive)
-        for start, stop in row_slices(spec, _SLICE_WEIGHTS):
+        encode = encoder(checkpoint, spec, grids.get(types[spec.name]), naive=naive, calibration=calibration)
+        # Every slice goes through the whole matrix of moments: not too thin ones.
+        least = _COMPENSATED_ROWS * spec.shape[-1] if calibration is not None and calibration.has(spec.name) else 0
+        for start, stop in row_slices(spec, max(_SLICE_WEIGHTS, least)):
             yield functools.partial(job, spec, encode, at, start, stop)
+
+
+def header_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of the file before its tensors and of those that follow from the config; types change none of it."""
+    computed = checkpoint.family.computed(checkpoint.config)
+    heads = [TensorHead(spec.gguf_name, spec.shape, 0) for spec in checkpoint.specs.values()]
+    heads += [TensorHead(name, values.shape, 0) for name, values in computed.items()]
+    handle = io.BytesIO()
+    write_header(handle, metadata(checkpoint, "mix"), heads)
+    padded = -(-len(handle.getvalue()) // 32) * 32
+    return padded + sum(-(-values.nbytes // 32) * 32 for values in computed.values())
 
 
 def metadata(checkpoint: Checkpoint, file_type: str) -> list[Field]:
@@ -125,7 +150,9 @@ def metadata(checkpoint: Checkpoint, file_type: str) -> list[Field]:
     return general + checkpoint.family.metadata(checkpoint.config) + tokens + own
 
 
-def encoder(checkpoint: Checkpoint, spec: TensorSpec, grid: Grid, *, naive: bool) -> Encoder:
+def encoder(
+    checkpoint: Checkpoint, spec: TensorSpec, grid: Grid, *, naive: bool, calibration: Calibration | None = None
+) -> Encoder:
     """How a tensor's rows become bytes: from (start, stop) to what GGUF has of these rows, (stop - start, row_bytes).
 
     Any thread may call it, for any rows in any order.
@@ -138,6 +165,13 @@ def encoder(checkpoint: Checkpoint, spec: TensorSpec, grid: Grid, *, naive: bool
         return lambda start, stop: ggml.quantize(values(start, stop), grid.ggml_type)
     if checkpoint.info(spec.name).grid == grid.name:
         return functools.partial(_stored, checkpoint, spec, grid)
+    if (
+        calibration is not None
+        and grid.max_code > 0
+        and calibration.knows(spec.name)
+        and not _on_lattice(checkpoint, spec)
+    ):
+        return lambda start, stop: mix.rounded(values(start, stop), spec.name, grid, calibration)
     if not grid.has_scales:
         # The same bits from either; K-quants from the C library in a quarter of the time.
         if grid.block_size > 1 and ggml.is_installed():
@@ -147,6 +181,13 @@ def encoder(checkpoint: Checkpoint, spec: TensorSpec, grid: Grid, *, naive: bool
     # is ordinary rounding.
     dtype = precision_of(checkpoint, spec)
     return lambda start, stop: grid.pack(lattice.recover(values(start, stop), dtype, grid)[0])
+
+
+def _on_lattice(checkpoint: Checkpoint, spec: TensorSpec) -> bool:
+    """Whether training left the tensor on a 4-bit grid, told from a sample of its rows: then it has lost its loss."""
+    rows, n = spec.n_rows, spec.shape[-1]
+    values = np.concatenate([file_rows(checkpoint, spec, int(i), int(i) + 1) for i in identify.sample(rows, n)])
+    return identify.identify(values, precision_of(checkpoint, spec)) is not None
 
 
 def _stored(checkpoint: Checkpoint, spec: TensorSpec, grid: Grid, start: int, stop: int) -> np.ndarray:

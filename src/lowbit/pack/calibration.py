@@ -1,0 +1,106 @@
+"""The calibration file: what `lowbit calibrate` measured of each matrix, checked against the model that is packed.
+
+A safetensors file. Of every linear layer NAME.inputs, (n, n) float32: the second moments of its inputs, each token
+weighted by the mean square of the loss's gradient at its outputs; NAME.outputs, (rows,): that mean square output by
+output. Of the output head the inputs' unweighted moments, and the mean of p (1 - p) of each token of the vocabulary; of
+the embedding .lookups, (rows,), how often a row is looked up, and .gradients, (n,). Made by lowbit.train.importance.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+
+from lowbit.checkpoint import Checkpoint
+from lowbit.checkpoint.safetensors_file import SafetensorsFile
+from lowbit.errors import BadFile, NotFound
+from lowbit.pack.compensate import Moments, moments_of
+
+_HINT = "lowbit calibrate MODEL -o FILE makes one of this model"
+_MAX_WIDTH = 1 << 16
+
+
+class Calibration:
+    """An open calibration file. Any thread may ask it. Raises NotFound, and BadFile where it is of another model."""
+
+    def __init__(self, path: str | Path, checkpoint: Checkpoint) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise NotFound("no such file", where=self.path, expected="a calibration", hint=_HINT)
+        self._file = SafetensorsFile(self.path)
+        self._lock = threading.Lock()
+        self._last: tuple[str, Moments] | None = None
+        self.head = next(
+            (n for n in checkpoint.names if checkpoint.info(n).role == "output"), "model.embed_tokens.weight"
+        )
+        known = 0
+        for stored, entry in self._file.entries.items():
+            name, _, part = stored.rpartition(".")
+            spec = checkpoint.specs.get(name)
+            wanted = None
+            if spec is not None and len(spec.shape) == 2 and max(spec.shape[-1], 1) <= _MAX_WIDTH:
+                rows, n = spec.shape
+                wanted = {"inputs": (n, n), "outputs": (rows,), "lookups": (rows,), "gradients": (n,)}.get(part)
+            if wanted is None:
+                raise BadFile("the model has no such tensor", where=f"{self.path}: {stored[:80]}", hint=_HINT)
+            if entry.shape != wanted or entry.dtype != "F32":
+                found, expected = f"{entry.dtype} {list(entry.shape)}", f"F32 {list(wanted)}"
+                raise BadFile(
+                    "not the model's shape",
+                    where=f"{self.path}: {stored[:80]}",
+                    found=found,
+                    expected=expected,
+                    hint=_HINT,
+                )
+            known += part == "inputs"
+        if not known:
+            raise BadFile("nothing of the model is in it", where=self.path, expected="NAME.inputs", hint=_HINT)
+
+    @property
+    def identity(self) -> list[object]:
+        """What tells this file from another, for a packing that goes on."""
+        return self._file.identity
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor can be rounded by it: a matrix whose inputs were seen, and not the head."""
+        return f"{name}.inputs" in self._file.entries and f"{name}.outputs" in self._file.entries and name != self.head
+
+    def knows(self, name: str) -> bool:
+        """Whether ``cost`` can tell what errors of this tensor do."""
+        return f"{name}.inputs" in self._file.entries and f"{name}.outputs" in self._file.entries
+
+    def moments(self, name: str) -> Moments:
+        """Of a matrix that it ``has``; those of the last one asked for are kept."""
+        with self._lock:
+            if self._last is None or self._last[0] != name:
+                self._last = None  # not two of them in memory
+                try:
+                    self._last = (name, moments_of(self._values(f"{name}.inputs")))
+                except np.linalg.LinAlgError:
+                    raise BadFile("not second moments", where=f"{self.path}: {name}.inputs", hint=_HINT) from None
+            return self._last[1]
+
+    def importance(self, name: str) -> np.ndarray:
+        """(n,) float32: the mean square of each input, as an importance matrix has it."""
+        return np.ascontiguousarray(self._values(f"{name}.inputs").diagonal())
+
+    def cost(self, name: str, rows: np.ndarray, errors: np.ndarray) -> float:
+        """Nats a token, to second order, that ``errors`` (k, n) float32 in the rows ``rows`` (k,) cause."""
+        outputs = self._values(f"{name}.outputs").astype(np.float64)
+        if name != self.head:
+            outputs /= max(outputs.mean(), 1e-300)
+        each = np.einsum("ij,ij->i", errors @ self._values(f"{name}.inputs"), errors, dtype=np.float64)
+        total = float((outputs[rows] * each).sum())
+        if f"{name}.lookups" in self._file.entries:
+            lookups, gradients = self._values(f"{name}.lookups"), self._values(f"{name}.gradients")
+            total += float((lookups[rows] * (np.square(errors) @ gradients)).sum(dtype=np.float64))
+        return total / 2
+
+    def _values(self, stored: str) -> np.ndarray:
+        entry = self._file.entries[stored]
+        values = self._file.read(stored, 0, entry.n_bytes).view("<f4").reshape(entry.shape)
+        if not np.isfinite(values).all():
+            raise BadFile("NaN or Inf", where=f"{self.path}: {stored}", hint=_HINT)
+        return values

@@ -1,0 +1,185 @@
+"""A mix under a budget: the type of each tensor that costs the output least, all together within so many bytes.
+
+What a type costs a tensor is measured: some of its rows are rounded to it as packing will, and their errors weighed by
+the calibration, in nats a token. Tensors are taken to add up. The choice is a multiple-choice knapsack (Sinha and
+Zoltners 1979), solved exactly by dynamic programming over bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lowbit import console, ggml
+from lowbit import grid as grids
+from lowbit.checkpoint import Checkpoint
+from lowbit.checkpoint.families.base import TensorSpec
+from lowbit.checkpoint.gguf_file import row_bytes
+from lowbit.errors import BadOption
+from lowbit.grid.base import Grid
+from lowbit.pack.calibration import Calibration
+from lowbit.pack.compensate import can_compensate, compensate
+from lowbit.pack.rows import file_rows
+from lowbit.threads import in_order
+from lowbit.units import format_bytes
+
+TYPES = ("q4_0", "q4_k", "q5_k", "q6_k", "q8_0", "f16")
+# What llama-quantize takes where rows are not whole blocks of 256.
+_NARROW = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
+_HEAD = ("q4_k", "q5_k", "q6_k", "q8_0", "f16")  # llama-quantize never goes lower with it
+_SAMPLED_WEIGHTS = 1 << 19  # of a tensor, rounded to each type
+_UNITS = 1 << 21  # of the budget: with more, sizes are rounded up to a part of it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One type that a tensor may have. cost: nats a token."""
+
+    type: str
+    n_bytes: int
+    cost: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mix:
+    """Stands where a Recipe does. ``choices``: by tensor name, what was tried of it; ``types``: what was chosen."""
+
+    types: dict[str, str]
+    choices: dict[str, tuple[Choice, ...]]
+    name: str = "mix"
+
+    def assign(self, checkpoint: Checkpoint) -> dict[str, str]:
+        return dict(self.types)
+
+    def table(self) -> list[dict[str, object]]:
+        """A row a tensor: name, type, bytes, cost, and the cost of each type tried."""
+        rows = []
+        for name, choices in self.choices.items():
+            chosen = next(choice for choice in choices if choice.type == self.types[name])
+            rows.append({
+                "name": name, "type": chosen.type, "bytes": chosen.n_bytes, "cost": chosen.cost,
+                "tried": {choice.type: choice.cost for choice in choices},
+            })  # fmt: skip
+        return rows
+
+
+def choose(
+    checkpoint: Checkpoint, calibration: Calibration, room: int, *, threads: int, types: Sequence[str] = TYPES
+) -> Mix:
+    """The mix whose tensors take at most ``room`` bytes. Raises BadOption where no choice of types is that small.
+
+    A matrix that the calibration does not know (experts) gets Q6_K, or Q8_0 where its rows are not blocks of 256.
+    """
+    fixed: dict[str, str] = {}
+    asked: list[tuple[TensorSpec, str]] = []
+    for spec in checkpoint.specs.values():
+        if len(spec.shape) < 2:
+            fixed[spec.name] = "f32"
+        elif not calibration.knows(spec.name):
+            fixed[spec.name] = _for_row("q6_k", spec.shape[-1])
+        else:
+            allowed = [t for t in types if t in _HEAD] if spec.name == calibration.head else types
+            asked += [(spec, t) for t in dict.fromkeys(_for_row(t, spec.shape[-1]) for t in allowed)]
+    room -= sum(_n_bytes(checkpoint.specs[name], type_) for name, type_ in fixed.items())
+    choices: dict[str, list[Choice]] = {}
+    jobs = (functools.partial(_measured, checkpoint, calibration, spec, t) for spec, t in asked)
+    with console.progress("Measuring", len(asked)) as bar:
+        for (spec, _), choice in zip(asked, in_order(jobs, threads), strict=True):
+            choices.setdefault(spec.name, []).append(choice)
+            bar.advance(1)
+    least = sum(min(choice.n_bytes for choice in each) for each in choices.values())
+    if least > room:
+        fixed_bytes = sum(_n_bytes(checkpoint.specs[name], type_) for name, type_ in fixed.items())
+        raise BadOption(
+            "no mix of types is so small", found=f"room for {format_bytes(room + fixed_bytes)}",
+            expected=f"at least {format_bytes(least + fixed_bytes)} ({', '.join(types)})",
+        )  # fmt: skip
+    picked = solve([[(c.n_bytes, c.cost) for c in each] for each in choices.values()], room)
+    chosen = {name: each[i].type for (name, each), i in zip(choices.items(), picked, strict=True)}
+    named = {name: fixed.get(name) or chosen[name] for name in checkpoint.specs}
+    return Mix(types=named, choices={name: tuple(each) for name, each in choices.items()})
+
+
+def solve(items: Sequence[Sequence[tuple[int, float]]], room: int) -> list[int]:
+    """One option (size, cost) of each item with the least sum of costs, sizes at most ``room`` together.
+
+    Returns the options' indices. Exact where the sizes beyond each item's least have a common divisor that goes at most
+    2^21 times into the room; else exact for sizes rounded up to the 2^21st part of it. Raises ValueError if none fits.
+    """
+    least = [min(size for size, _ in item) for item in items]
+    room -= sum(least)
+    if room < 0:
+        raise ValueError("no choice fits")
+    extra = [[size - low for size, _ in item] for item, low in zip(items, least, strict=True)]
+    unit = math.gcd(*(size for item in extra for size in item)) or 1
+    unit = max(unit, -(-room // _UNITS))
+    capacity = room // unit
+    best = np.zeros(capacity + 1)  # least cost of the items so far within each room
+    taken = np.zeros((len(items), capacity + 1), np.uint8)
+    for i, item in enumerate(items):
+        so_far = np.full(capacity + 1, np.inf)
+        for k, (_, cost) in enumerate(item):
+            size = -(-extra[i][k] // unit)
+            if size > capacity:
+                continue
+            with_it = best[: capacity + 1 - size] + cost
+            better = with_it < so_far[size:]
+            so_far[size:][better] = with_it[better]
+            taken[i, size:][better] = k
+        best = so_far
+    picked, left = [0] * len(items), capacity
+    for i in reversed(range(len(items))):
+        picked[i] = int(taken[i, left])
+        left -= -(-extra[i][picked[i]] // unit)
+    return picked
+
+
+def rounded(values: np.ndarray, name: str, grid: Grid, calibration: Calibration) -> np.ndarray:
+    """Bytes (rows, row_bytes) of ``values`` (rows, n) float32, rounded as well as the calibration lets it."""
+    if calibration.has(name) and can_compensate(grid) and grid.bits_per_weight < 8:
+        return grid.pack(compensate(values, calibration.moments(name), grid))
+    if grid.block_size == 1:
+        return grid.pack(grid.quantize(values))
+    weights = calibration.importance(name) if calibration.knows(name) else None
+    return ggml.quantize(values, grid.ggml_type, weights)
+
+
+def _measured(checkpoint: Checkpoint, calibration: Calibration, spec: TensorSpec, type_: str) -> Choice:
+    grid, rows, n = grids.get(type_), spec.n_rows, spec.shape[-1]
+    cost = 0.0
+    looked_at = 0
+    for start, stop in _sample(rows, n, everything=spec.name == calibration.head):
+        values = file_rows(checkpoint, spec, start, stop)
+        raw = rounded(values, spec.name, grid, calibration)
+        errors = values - grid.dequantize(grid.unpack(raw)).reshape(values.shape)
+        # The calibration has Hugging Face's order of rows, the values the file's.
+        order = spec.gguf_rows()
+        index = np.arange(start, stop) if order is None else order[start:stop]
+        cost += calibration.cost(spec.name, index, errors)
+        looked_at += stop - start
+    return Choice(type=type_, n_bytes=_n_bytes(spec, type_), cost=cost * rows / looked_at)
+
+
+def _sample(rows: int, n: int, *, everything: bool) -> Iterator[tuple[int, int]]:
+    """Ranges of rows: all of them in parts, or eight spread evenly. Rows of a head differ much in what they do."""
+    wanted = max(8, _SAMPLED_WEIGHTS // n)
+    if everything or rows <= wanted:
+        step = max(1, (1 << 22) // n)
+        yield from ((start, min(rows, start + step)) for start in range(0, rows, step))
+        return
+    each = wanted // 8
+    for start in np.linspace(0, rows - each, 8).astype(int).tolist():
+        yield start, start + each
+
+
+def _for_row(type_: str, n: int) -> str:
+    return _NARROW.get(type_, type_) if n % grids.get(type_).block_size else type_
+
+
+def _n_bytes(spec: TensorSpec, type_: str) -> int:
+    n_bytes = spec.n_rows * row_bytes(spec.shape[-1], grids.get(type_).ggml_type)
+    return -(-n_bytes // 32) * 32  # GGUF aligns every tensor

@@ -1,0 +1,190 @@
+"""The calibration against a computation of its own, and what it is for: a packed model that is closer to its source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+import lowbit
+from lowbit.checkpoint import open_checkpoint
+from lowbit.errors import BadFile, BadOption, NotFound
+from lowbit.pack.calibration import Calibration
+from lowbit.pack.mix import choose
+from lowbit.train import data
+from lowbit.train.importance import CollectOptions, collect
+from lowbit.train.model import load, load_tokenizer
+
+# Wide enough for blocks of 256 in the MLP's second matrix, and not in the others.
+SIZES = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2}
+
+
+@pytest.fixture(scope="module")
+def source(save_tiny_llama: Callable[..., object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("importance") / "model"
+    save_tiny_llama(folder, **SIZES)
+    return folder
+
+
+def written(path: Path, seed: int) -> Path:
+    words = ["the", "in", "her", "thing", "a", "ring", "tin", "ate"]
+    path.write_text(" ".join(np.random.default_rng(seed).choice(words, 4000)), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(tmp_path_factory.mktemp("text") / "text.txt", 0)
+
+
+@pytest.fixture(scope="module")
+def unseen(source: Path, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+    """Tokens (8, 64) of text of the same kind that the calibration has not seen."""
+    with open_checkpoint(source) as checkpoint:
+        text = written(tmp_path_factory.mktemp("unseen") / "text.txt", 1)
+        return data.load_sequences(str(text), load_tokenizer(checkpoint), 64, 8).astype(np.int64)
+
+
+@pytest.fixture(scope="module")
+def calibration(source: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("calibration") / "moments.safetensors"
+    lowbit.calibrate(source, path, text=str(text), sequences=24, sequence_length=64, precision="float32")
+    return path
+
+
+def test_moments_are_the_fisher_information(source: Path, text: Path, tmp_path: Path) -> None:
+    """Averaged over many draws of labels: against the exact expectation, by autograd, over every label."""
+    options = CollectOptions(sequences=1, sequence_length=6, precision="float32")
+    name = "model.layers.1.mlp.down_proj.weight"
+    with open_checkpoint(source) as checkpoint:
+        draws = []
+        for seed in range(150):
+            collect(checkpoint, tmp_path / "one", str(text), CollectOptions(**{**vars(options), "seed": seed}))
+            draws.append(load_file(tmp_path / "one"))
+        model = load(checkpoint)
+        row = torch.from_numpy(data.load_sequences(str(text), load_tokenizer(checkpoint), 6, 1)).long()
+    seen: dict[str, torch.Tensor] = {}
+    module = model.get_submodule(name.removesuffix(".weight"))
+    module.register_forward_hook(lambda _, x, y: seen.update(x=x[0].detach()[0], y=y))
+    logits = model(row).logits[0]
+    p = torch.softmax(logits.detach(), -1)
+    exact = torch.zeros(6)
+    outputs = torch.zeros(module.out_features)
+    for position in range(6):
+        for label in range(logits.shape[1]):
+            loss = -torch.log_softmax(logits[position], -1)[label]
+            gradient = torch.autograd.grad(loss, seen["y"], retain_graph=True)[0][0]
+            exact += p[position, label] * gradient.square().mean(-1)
+            outputs += p[position, label] * gradient.square().sum(0)
+    expected = (seen["x"].T * exact) @ seen["x"] / 6
+    found = np.mean([draw[f"{name}.inputs"] for draw in draws], axis=0)
+    assert np.linalg.norm(found - expected.numpy()) < 0.12 * np.linalg.norm(expected.numpy())
+    found = np.mean([draw[f"{name}.outputs"] for draw in draws], axis=0)
+    assert np.linalg.norm(found - outputs.numpy() / 6) < 0.12 * np.linalg.norm(outputs.numpy() / 6)
+
+
+def test_a_budget_of_minutes_stops_early(source: Path, text: Path, tmp_path: Path) -> None:
+    tokens = lowbit.calibrate(source, tmp_path / "a", text=str(text), sequences=40, sequence_length=64, minutes=1e-4)
+    assert 64 <= tokens < 40 * 64
+
+
+def test_passes_over_the_text_give_the_same(
+    source: Path, text: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model whose moments do not fit is gone over several times."""
+    monkeypatch.setattr("lowbit.train.importance._PASS_BYTES", 200_000)
+    lowbit.calibrate(source, tmp_path / "b", text=str(text), sequences=24, sequence_length=64, precision="float32")
+    once, often = load_file(calibration), load_file(tmp_path / "b")
+    assert once.keys() == often.keys()
+    for name, values in once.items():
+        assert np.allclose(values, often[name], rtol=1e-3, atol=1e-6 * np.abs(values).max()), name
+
+
+def kld(source: Path, artifact: Path, ids: np.ndarray) -> float:
+    """Mean over the tokens of KL(source || artifact), both computed by torch from the values that they hold."""
+    rows = []
+    for path in (source, artifact):
+        with open_checkpoint(path) as checkpoint, torch.no_grad():
+            rows.append(torch.log_softmax(load(checkpoint)(torch.from_numpy(ids)).logits, -1))
+    p, q = rows
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def test_packing_by_it_is_closer_to_the_source(
+    source: Path, calibration: Path, unseen: np.ndarray, tmp_path: Path
+) -> None:
+    divergence = {}
+    for label, options in {"ours": {"calibration": calibration}, "naive": {"naive": True}}.items():
+        path = tmp_path / f"{label}.gguf"
+        packed = lowbit.pack(source, "q4_0", path, certificate=True, **options)
+        assert packed.types["model.layers.0.mlp.up_proj.weight"] == "q4_0"
+        divergence[label] = kld(source, path, unseen)
+    assert divergence["ours"] < 0.8 * divergence["naive"]
+
+
+def test_a_mix_keeps_its_budget_and_beats_one_type(
+    source: Path, calibration: Path, unseen: np.ndarray, tmp_path: Path
+) -> None:
+    plain = lowbit.pack(source, "q5_0", tmp_path / "plain.gguf", calibration=calibration)
+    mixed = lowbit.pack(source, "q5_0", tmp_path / "mix.gguf", calibration=calibration, size=plain.size_bytes)
+    assert mixed.mix is not None
+    assert 0.93 * plain.size_bytes < mixed.size_bytes <= plain.size_bytes
+    assert len(set(mixed.types.values())) > 2
+    assert kld(source, tmp_path / "mix.gguf", unseen) < kld(source, tmp_path / "plain.gguf", unseen)
+    few = lowbit.pack(source, "q5_0", tmp_path / "few.gguf", calibration=calibration, bits=5.2)
+    assert lowbit.inspect(few.path)["bits_per_weight"] <= 5.2
+    with pytest.raises(BadOption, match="no mix of types"):
+        lowbit.pack(source, "q5_0", tmp_path / "none.gguf", calibration=calibration, bits=2.0)
+    assert not (tmp_path / "none.gguf").exists()
+
+
+def test_costs_follow_the_types(source: Path, calibration: Path) -> None:
+    """More bits cost less of the output, tensor by tensor."""
+    with open_checkpoint(source) as checkpoint:
+        mix = choose(checkpoint, Calibration(calibration, checkpoint), 1 << 30, threads=1)
+    for row in mix.table():
+        tried = row["tried"]
+        assert isinstance(tried, dict)
+        costs = [tried[name] for name in ("q4_0", "q5_0", "q8_0", "f16") if name in tried]
+        assert costs == sorted(costs, reverse=True)
+        assert row["type"] == "f16"  # there is room
+
+
+def test_codes_that_are_there_are_kept(source: Path, calibration: Path, tmp_path: Path) -> None:
+    """A checkpoint on a lattice has lost its loss already: what is packed is the lattice, whatever the calibration."""
+    lowbit.pack(source, "q4_0", tmp_path / "trained.gguf", naive=True)
+    lowbit.pack(tmp_path / "trained.gguf", "q4_0", tmp_path / "again.gguf", calibration=calibration)
+    with open_checkpoint(tmp_path / "trained.gguf") as one, open_checkpoint(tmp_path / "again.gguf") as other:
+        for name in one.names:
+            assert (one.read(name) == other.read(name)).all()
+
+
+def test_a_calibration_of_another_model(
+    source: Path, calibration: Path, tmp_path: Path, save_tiny_llama: Callable[..., object]
+) -> None:
+    save_tiny_llama(tmp_path / "other", hidden_size=64, intermediate_size=256, num_hidden_layers=2)
+    with pytest.raises(BadFile, match="not the model's shape"):
+        lowbit.pack(tmp_path / "other", "q4_0", tmp_path / "out.gguf", calibration=calibration)
+    stored = load_file(calibration)
+    name = "model.layers.0.mlp.up_proj.weight.inputs"
+    for label, change, message in (
+        ("nan", {name: np.full_like(stored[name], np.nan)}, "NaN or Inf"),
+        ("negative", {name: -stored[name]}, "not second moments"),
+        ("name", {"model.layers.7.mlp.up_proj.weight.inputs": stored[name]}, "no such tensor"),
+        ("dtype", {name: stored[name].astype(np.float16)}, "not the model's shape"),
+    ):
+        save_file(stored | change, tmp_path / label)
+        with pytest.raises(BadFile, match=message):
+            lowbit.pack(source, "q4_0", tmp_path / "out.gguf", calibration=tmp_path / label)
+    save_file({}, tmp_path / "empty")
+    with pytest.raises(BadFile, match="nothing of the model"):
+        lowbit.pack(source, "q4_0", tmp_path / "out.gguf", calibration=tmp_path / "empty")
+    with pytest.raises(NotFound):
+        lowbit.pack(source, "q4_0", tmp_path / "out.gguf", calibration=tmp_path / "absent")
+    with pytest.raises(BadOption, match="needs a calibration"):
+        lowbit.pack(source, "q4_0", tmp_path / "out.gguf", bits=4.5)
+    assert not (tmp_path / "out.gguf").exists()
