@@ -20,7 +20,7 @@ from lowbit.checkpoint.gguf_file import GgufFile
 from lowbit.checkpoint.model import read_json
 from lowbit.errors import BadFile, NotFound, Unsupported
 from lowbit.pack.proof import TensorProof, prove_tensors
-from lowbit.threads import available_cores, in_order
+from lowbit.threads import available_cores, in_order, keep_freed_memory
 
 FORMAT = "lowbit-certificate/1"
 SUFFIX = ".certificate.json"
@@ -91,6 +91,7 @@ def verify(artifact: str | Path, source: Checkpoint | str | Path, *, threads: in
 
 def prove(artifact: Path, source: Checkpoint, *, final: Path | None = None, threads: int | None = None) -> Certificate:
     """The certificate of the file ``artifact``, which will be called ``final``. Raises BadFile and Unsupported."""
+    keep_freed_memory()
     label, threads = final or artifact, threads or available_cores()
     with contextlib.closing(_open(artifact, source)) as file:
         tensors = prove_tensors(file, source, str(label), threads)
