@@ -12,7 +12,7 @@ import numpy as np
 from lowbit import grid as grids
 
 _HUGE = 2.0**120  # scales from here on may overflow with their codes
-_PROBED = 8  # weights of a block that are looked at before the others
+_PROBED = 2  # weights of a block that are looked at before the others
 _FIRST = 2  # and before an exact comparison, as those off fail at once
 # The low bits of a float32 that BF16 and F16 do not have.
 _DROPPED = {"BF16": 16, "F16": 13}
