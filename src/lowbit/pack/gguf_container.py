@@ -23,7 +23,7 @@ from lowbit.grid.base import Grid
 from lowbit.pack import lattice, tokenizer
 from lowbit.pack.partial import Partial, resumable
 from lowbit.pack.rows import file_rows, precision_of, row_slices
-from lowbit.threads import available_cores, in_order, keep_freed_memory
+from lowbit.threads import in_order, keep_freed_memory, thread_count
 
 # llama.cpp's LLAMA_FTYPE_*: what `general.file_type` says a file mostly is.
 FILE_TYPES = {
@@ -53,6 +53,7 @@ def write(
     do not depend on ``threads``. check: is given the whole file before it takes its name, and may refuse it by raising.
     """
     keep_freed_memory()
+    workers = thread_count(threads)
     fields = metadata(checkpoint, file_type)
     computed = checkpoint.family.computed(checkpoint.config)
     specs = checkpoint.specs
@@ -76,7 +77,7 @@ def write(
         jobs = _jobs(checkpoint, missing, types, file, naive=naive)
         with (
             console.progress("Packing", sum(math.prod(spec.shape) for spec in missing), "weights") as bar,
-            contextlib.closing(in_order(jobs, threads or available_cores())) as finished,
+            contextlib.closing(in_order(jobs, workers)) as finished,
         ):
             for spec, rows, is_last in finished:
                 bar.advance(rows * spec.shape[-1])
