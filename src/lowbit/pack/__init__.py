@@ -21,7 +21,7 @@ from lowbit.pack.certificate import Certificate, verify
 from lowbit.pack.mix import Mix
 from lowbit.pack.proof import TensorProof
 from lowbit.recipe import Recipe
-from lowbit.threads import available_cores
+from lowbit.threads import thread_count
 
 __all__ = ["Certificate", "PackResult", "TensorProof", "pack", "verify"]
 
@@ -89,7 +89,7 @@ def pack(
     mixed: Mix | None = None
     if measured is not None and (bits is not None or size is not None):
         room = int(bits * checkpoint.n_weights / 8) if bits is not None else _room(checkpoint, size or 0)
-        mixed = mix.choose(checkpoint, measured, room, threads=threads or available_cores())
+        mixed = mix.choose(checkpoint, measured, room, threads=thread_count(threads))
         name, types = mixed.name, mixed.types
     elif recipe == "source":
         name = _float_type(checkpoint)

@@ -20,7 +20,7 @@ from lowbit.checkpoint.gguf_file import GgufFile
 from lowbit.checkpoint.model import read_json
 from lowbit.errors import BadFile, NotFound, Unsupported
 from lowbit.pack.proof import TensorProof, prove_tensors
-from lowbit.threads import available_cores, in_order
+from lowbit.threads import in_order, keep_freed_memory, thread_count
 
 FORMAT = "lowbit-certificate/1"
 SUFFIX = ".certificate.json"
@@ -91,7 +91,8 @@ def verify(artifact: str | Path, source: Checkpoint | str | Path, *, threads: in
 
 def prove(artifact: Path, source: Checkpoint, *, final: Path | None = None, threads: int | None = None) -> Certificate:
     """The certificate of the file ``artifact``, which will be called ``final``. Raises BadFile and Unsupported."""
-    label, threads = final or artifact, threads or available_cores()
+    keep_freed_memory()
+    label, threads = final or artifact, thread_count(threads)
     with contextlib.closing(_open(artifact, source)) as file:
         tensors = prove_tensors(file, source, str(label), threads)
     known = {spec.gguf_name for spec in source.specs.values()} | set(source.family.computed(source.config))
@@ -110,7 +111,7 @@ def prove(artifact: Path, source: Checkpoint, *, final: Path | None = None, thre
 
 def source_sha256(source: Checkpoint, *, threads: int | None = None) -> str:
     """SHA-256 of the source's one file; of several, that of the text `sha256sum *.safetensors` prints in the folder."""
-    return _joined(source, _sha256(_source_files(source), threads or available_cores()))
+    return _joined(source, _sha256(_source_files(source), thread_count(threads)))
 
 
 def _source_files(source: Checkpoint) -> list[Path]:

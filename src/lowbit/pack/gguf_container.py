@@ -7,7 +7,7 @@ import functools
 import hashlib
 import io
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from lowbit.pack import identify, lattice, mix, tokenizer
 from lowbit.pack.calibration import Calibration
 from lowbit.pack.partial import Partial, resumable
 from lowbit.pack.rows import file_rows, precision_of, row_slices
-from lowbit.threads import available_cores, in_order
+from lowbit.threads import in_order, keep_freed_memory, thread_count
 
 # llama.cpp's LLAMA_FTYPE_*: what `general.file_type` says a file mostly is.
 FILE_TYPES = {
@@ -34,7 +34,7 @@ FILE_TYPES = {
 _GUESSED = 1024
 _QUANTIZATION_VERSION = 2
 _REPLACED = ("general.file_type", "general.quantization_version")
-_SLICE_WEIGHTS = 1 << 18  # weights encoded at a time: float32 and bytes fit in a core's cache
+_SLICE_WEIGHTS = 1 << 20  # weights encoded at a time: 4 MiB of float32
 _COMPENSATED_ROWS = 512
 
 Encoder = Callable[[int, int], np.ndarray]
@@ -56,6 +56,8 @@ def write(
     Interrupted or killed, it leaves a partial file that the next call with the same arguments goes on with. The bytes
     do not depend on ``threads``. check: is given the whole file before it takes its name, and may refuse it by raising.
     """
+    keep_freed_memory()
+    workers = thread_count(threads)
     fields = metadata(checkpoint, file_type)
     computed = checkpoint.family.computed(checkpoint.config)
     specs = checkpoint.specs
@@ -76,12 +78,12 @@ def write(
     with resumable(out, size, start, specs, asked) as file:
         if file.done:
             console.log(f"{out}: going on, {len(file.done)} of {len(specs)} tensors are there")
-        missing = {spec: at for spec, at in zip(specs.values(), offsets, strict=False) if spec.name not in file.done}
+        missing = [pair for pair in zip(specs.values(), offsets, strict=False) if pair[0].name not in file.done]
         jobs = _jobs(checkpoint, missing, types, file, naive=naive, calibration=calibration)
         with (
             threadpool_limits(1, "blas"),  # the slices are what runs side by side
-            console.progress("Packing", sum(math.prod(spec.shape) for spec in missing), "weights") as bar,
-            contextlib.closing(in_order(jobs, threads or available_cores())) as finished,
+            console.progress("Packing", sum(math.prod(spec.shape) for spec, _ in missing), "weights") as bar,
+            contextlib.closing(in_order(jobs, workers)) as finished,
         ):
             for spec, rows, is_last in finished:
                 bar.advance(rows * spec.shape[-1])
@@ -95,21 +97,22 @@ def write(
 
 def _jobs(
     checkpoint: Checkpoint,
-    offsets: Mapping[TensorSpec, int],
+    tensors: Iterable[tuple[TensorSpec, int]],
     types: Mapping[str, str],
     file: Partial,
     *,
     naive: bool,
     calibration: Calibration | None,
 ) -> Iterator[Callable[[], tuple[TensorSpec, int, bool]]]:
-    """For each slice of each tensor, what encodes and writes it: its tensor, its rows, whether it is the last."""
+    """For each slice of each tensor, what encodes it and writes it from the tensor's offset on: gives its tensor, its
+    rows, whether it is the last."""
 
     def job(spec: TensorSpec, encode: Encoder, at: int, start: int, stop: int) -> tuple[TensorSpec, int, bool]:
         raw = np.ascontiguousarray(encode(start, stop)).view(np.uint8)
         file.write(at + start * (raw.size // (stop - start)), raw.reshape(-1).data)
         return spec, stop - start, stop == spec.n_rows
 
-    for spec, at in offsets.items():
+    for spec, at in tensors:
         encode = encoder(checkpoint, spec, grids.get(types[spec.name]), naive=naive, calibration=calibration)
         # Every slice goes through the whole matrix of moments: not too thin ones.
         least = _COMPENSATED_ROWS * spec.shape[-1] if calibration is not None and calibration.has(spec.name) else 0
@@ -162,7 +165,7 @@ def encoder(
         return file_rows(checkpoint, spec, start, stop)
 
     if naive:
-        return lambda start, stop: ggml.quantize(values(start, stop), grid.ggml_type)
+        return lambda start, stop: ggml.quantize(values(start, stop), grid.ggml_type, checked=True)
     if checkpoint.info(spec.name).grid == grid.name:
         return functools.partial(_stored, checkpoint, spec, grid)
     if (
@@ -175,7 +178,7 @@ def encoder(
     if not grid.has_scales:
         # The same bits from either; K-quants from the C library in a quarter of the time.
         if grid.block_size > 1 and ggml.is_installed():
-            return lambda start, stop: ggml.quantize(values(start, stop), grid.ggml_type)
+            return lambda start, stop: ggml.quantize(values(start, stop), grid.ggml_type, checked=True)
         return lambda start, stop: grid.pack(grid.quantize(values(start, stop)))
     # Quantization-aware training leaves values without their codes and scales. Where these cannot be found again this
     # is ordinary rounding.
