@@ -13,7 +13,7 @@ from lowbit import grid as grids
 from lowbit.checkpoint import Checkpoint
 from lowbit.checkpoint.families.base import TensorSpec, text, uint
 from lowbit.checkpoint.gguf_file import Field, TensorHead, pad_to, write_header
-from lowbit.errors import Unsupported
+from lowbit.errors import BadOption, Unsupported
 from lowbit.files import replacing
 from lowbit.grid.base import Grid
 from lowbit.pack import lattice, tokenizer
@@ -45,7 +45,7 @@ def write(
     computed = checkpoint.family.computed(checkpoint.config)
     specs = list(checkpoint.specs.values())
     heads = [_head(spec, grids.get(types[spec.name])) for spec in specs]
-    heads += [TensorHead(name, values.shape, grids.get("f32").ggml_type) for name, values in computed.items()]
+    heads += [TensorHead(name, values.shape, _ggml_type(grids.get("f32"))) for name, values in computed.items()]
     with replacing(out) as partial:
         with open(partial, "wb") as handle:
             offsets = write_header(handle, fields, heads)
@@ -108,7 +108,7 @@ def encoded(checkpoint: Checkpoint, spec: TensorSpec, grid: Grid, *, naive: bool
             # again this is ordinary rounding.
             yield grid.pack(lattice.recover(part, dtype, grid)[0])
         else:
-            yield ggml.quantize(part, grid.ggml_type) if naive else grid.pack(grid.quantize(part))
+            yield ggml.quantize(part, _ggml_type(grid)) if naive else grid.pack(grid.quantize(part))
 
 
 def file_values(checkpoint: Checkpoint, spec: TensorSpec) -> np.ndarray:
@@ -134,7 +134,13 @@ def _head(spec: TensorSpec, grid: Grid) -> TensorHead:
             f"rows are not a multiple of {grid.block_size}, which {grid.name} needs",
             where=spec.name, found=spec.shape[-1], hint="Choose a float recipe such as f16",
         )  # fmt: skip
-    return TensorHead(spec.gguf_name, spec.shape, grid.ggml_type)
+    return TensorHead(spec.gguf_name, spec.shape, _ggml_type(grid))
+
+
+def _ggml_type(grid: Grid) -> int:
+    if grid.ggml_type is None:
+        raise BadOption("GGUF does not have this format", found=grid.name, hint="--to names another container")
+    return grid.ggml_type
 
 
 def _put(handle: BinaryIO, values: np.ndarray) -> None:
