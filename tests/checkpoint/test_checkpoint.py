@@ -212,3 +212,41 @@ def test_opening_needs_no_torch(tiny_llama: Callable[..., Path]) -> None:
         "assert not {'torch', 'transformers', 'xllamacpp'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(tiny_llama())], check=True)
+
+
+@pytest.mark.parametrize("container", ["bf16 folder", "f32 gguf", "q8_0 gguf", "trained folder"])
+def test_any_rows_are_those_of_the_whole(tiny_llama: Callable[..., Path], tmp_path: Path, container: str) -> None:
+    """Heads are 16 rows, which GGUF interleaves: the slices begin and end within heads and at their borders."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder, kind = tiny_llama(), container.split()[0]
+    if kind == "bf16":
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    elif kind == "trained":
+        with open_checkpoint(folder) as source:
+            write_checkpoint(tmp_path / "trained", source, on_grid(source))
+        folder = tmp_path / "trained"
+    else:
+        folder = lowbit.pack(folder, kind, tmp_path / "x.gguf").path
+    with open_checkpoint(folder) as checkpoint:
+        for name in checkpoint.names:
+            whole, blocks = checkpoint.read(name), checkpoint.blocks(name)
+            assert (blocks is None) == (container in ("bf16 folder", "f32 gguf") or whole.ndim < 2)
+            whole = whole.reshape(-1, whole.shape[-1])
+            for start, stop in ((0, len(whole)), (0, 1), (3, 21), (16, 32), (len(whole) - 1, len(whole)), (5, 5)):
+                if stop <= len(whole):
+                    part = checkpoint.read_rows(name, start, stop)
+                    assert part.dtype == np.float32 and (part == whole[start:stop]).all()
+                    raw = checkpoint.block_rows(name, start, stop)
+                    assert raw is None or (blocks is not None and (raw == blocks[start:stop]).all())
+
+
+def test_a_file_shortened_while_it_is_read(tiny_llama: Callable[..., Path]) -> None:
+    with open_checkpoint(tiny_llama()) as checkpoint:
+        path = checkpoint.path / "model.safetensors"
+        with open(path, "r+b") as handle:
+            handle.truncate(path.stat().st_size // 2)
+        with pytest.raises(BadFile, match=r"model\.safetensors: \S+: the file was shortened"):
+            for name in checkpoint.names:
+                checkpoint.read(name)

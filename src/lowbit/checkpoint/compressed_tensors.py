@@ -15,7 +15,7 @@ import numpy as np
 
 from lowbit import grid as grids
 from lowbit.checkpoint import safetensors_file
-from lowbit.checkpoint.safetensors_file import Entry, SafetensorsFile
+from lowbit.checkpoint.safetensors_file import SafetensorsFile
 from lowbit.errors import BadConfig, BadFile, Unsupported
 from lowbit.grid.base import Blocks
 
@@ -88,42 +88,39 @@ def check_parts(files: Mapping[str, SafetensorsFile], name: str, shape: tuple[in
                 found=f"{entry.dtype} {list(entry.shape)}" if entry else "nothing",
                 expected=f"{' or '.join(dtypes)} {list(part_shape)}",
             )
-    stored = tuple(int(size) for size in _bytes(files, parts(name)[2])[1].view("<i8"))
+    stored = tuple(int(size) for size in files[parts(name)[2]].raw(parts(name)[2]).view("<i8"))
     if stored != shape:
         raise BadFile("weight_shape is not the shape", where=parts(name)[2], found=list(stored), expected=list(shape))
 
 
-def read(files: Mapping[str, SafetensorsFile], name: str) -> np.ndarray:
-    """The matrix's values, codes x scales, float32 (rows, n)."""
-    codes, scales = _codes(files, name), _scales(files, name)
+def read_rows(files: Mapping[str, SafetensorsFile], name: str, start: int, stop: int) -> np.ndarray:
+    """Rows of the matrix's values, codes x scales, float32 (stop - start, n)."""
+    codes, scales = _codes(files, name, start, stop), _scales(files, name, start, stop)
     return (codes.astype(np.float32) * scales[..., None]).reshape(len(codes), -1)
 
 
-def blocks(files: Mapping[str, SafetensorsFile], name: str) -> np.ndarray:
-    """The same codes as Q4_0 blocks, uint8 (rows, row_bytes), on the scales rounded to float16.
+def block_rows(files: Mapping[str, SafetensorsFile], name: str, start: int, stop: int) -> np.ndarray:
+    """The same codes as Q4_0 blocks, uint8 (stop - start, row_bytes), on the scales rounded to float16.
 
     bfloat16 scales from 2^-17 to 65504 are float16 numbers as they are. Raises BadFile where one is beyond float16.
     """
     with np.errstate(over="ignore"):
-        scales = _scales(files, name).astype(np.float16)
+        scales = _scales(files, name, start, stop).astype(np.float16)
     if not np.isfinite(scales).all():
         raise BadFile("a scale is NaN, Inf or beyond float16", where=parts(name)[1])
-    return grids.get(GRID).pack(Blocks(codes=_codes(files, name), scales=scales))
+    return grids.get(GRID).pack(Blocks(codes=_codes(files, name, start, stop), scales=scales))
 
 
-def _codes(files: Mapping[str, SafetensorsFile], name: str) -> np.ndarray:
-    """int8 (rows, n / 32, 32), -8 to 7."""
-    entry, raw = _bytes(files, parts(name)[0])
-    rows = entry.shape[0]
+def _codes(files: Mapping[str, SafetensorsFile], name: str, start: int, stop: int) -> np.ndarray:
+    """int8 (stop - start, n / 32, 32), -8 to 7."""
+    part = parts(name)[0]
+    raw = files[part].read_rows(part, start, stop)
     nibbles = np.stack([raw & 15, raw >> 4], axis=-1).view(np.int8)  # a word's bytes lie lowest first
-    return nibbles.reshape(rows, -1, _GROUP) - np.int8(8)
+    return nibbles.reshape(len(raw), -1, _GROUP) - np.int8(8)
 
 
-def _scales(files: Mapping[str, SafetensorsFile], name: str) -> np.ndarray:
-    """float32 (rows, n / 32)."""
-    entry, raw = _bytes(files, parts(name)[1])
-    return safetensors_file.to_float32(raw, entry.dtype, entry.shape, parts(name)[1])
-
-
-def _bytes(files: Mapping[str, SafetensorsFile], part: str) -> tuple[Entry, np.ndarray]:
-    return files[part].entries[part], files[part].raw(part)
+def _scales(files: Mapping[str, SafetensorsFile], name: str, start: int, stop: int) -> np.ndarray:
+    """float32 (stop - start, n / 32)."""
+    part = parts(name)[1]
+    raw, entry = files[part].read_rows(part, start, stop), files[part].entries[part]
+    return safetensors_file.to_float32(raw.reshape(-1), entry.dtype, (len(raw), entry.shape[1]), part)

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
-from lowbit.checkpoint.safetensors_file import Entry
+from lowbit.checkpoint.tensor_file import Entry, TensorFile
 from lowbit.errors import BadFile, Unsupported
 
 MAGIC = b"GGUF"
@@ -60,21 +60,15 @@ def row_bytes(n: int, ggml_type: int) -> int:
     return n // block * size
 
 
-class GgufFile:
-    """One open GGUF: ``fields``, ``entries`` by tensor name (row-major shapes) and ``raw(name)``."""
+class GgufFile(TensorFile):
+    """One open GGUF: ``fields``, and ``entries`` by tensor name (row-major shapes)."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._map = np.memmap(path, mode="r", dtype=np.uint8) if path.stat().st_size else np.zeros(0, np.uint8)
+        super().__init__(path)
         parser = _Parser(path, self._map)
         self.fields: list[Field] = parser.fields()
         self.values: dict[str, Any] = {field.key: field.value for field in self.fields}
         self.entries: dict[str, Entry] = parser.tensors(self._alignment())
-
-    def raw(self, name: str) -> np.ndarray:
-        """The tensor's bytes, uint8, not copied."""
-        entry = self.entries[name]
-        return self._map[entry.start : entry.start + entry.n_bytes]
 
     def _alignment(self) -> int:
         alignment = self.values.get("general.alignment", DEFAULT_ALIGNMENT)

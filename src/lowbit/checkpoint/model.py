@@ -7,7 +7,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
@@ -17,7 +17,8 @@ from lowbit.checkpoint import compressed_tensors, families, safetensors_file
 from lowbit.checkpoint.families.base import Family, TensorSpec
 from lowbit.checkpoint.gguf_file import Field, GgufFile
 from lowbit.checkpoint.resolve import resolve
-from lowbit.checkpoint.safetensors_file import Entry, SafetensorsFile
+from lowbit.checkpoint.safetensors_file import SafetensorsFile
+from lowbit.checkpoint.tensor_file import Entry, n_rows, pick_rows
 from lowbit.errors import BadConfig, BadFile, LowbitError, NotFound, Unsupported
 
 FORMAT = "lowbit-checkpoint/1"
@@ -46,13 +47,6 @@ class TensorInfo:
         return math.prod(self.shape)
 
 
-class _Store(Protocol):
-    """What both containers give, by Hugging Face tensor name."""
-
-    def entry(self, spec: TensorSpec) -> Entry: ...
-    def raw(self, spec: TensorSpec) -> np.ndarray: ...
-
-
 class Checkpoint:
     """An open checkpoint. Made by ``open_checkpoint``; a context manager."""
 
@@ -75,7 +69,7 @@ class Checkpoint:
         self.close()
 
     def close(self) -> None:
-        """Lets go of the mapped files."""
+        """Lets go of the files."""
 
     def __contains__(self, name: object) -> bool:
         return name in self.specs
@@ -108,11 +102,21 @@ class Checkpoint:
 
     def read(self, name: str) -> np.ndarray:
         """The tensor in Hugging Face's layout: a fresh float32 array of ``info(name).shape``, dequantized."""
+        spec = self._spec(name)
+        return self.read_rows(name, 0, spec.n_rows).reshape(spec.shape)
+
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows ``start`` to ``stop`` of ``read(name)`` seen as (rows, n), all leading dimensions flattened and a vector
+        as one row: a fresh float32 (stop - start, n). Nothing else of the tensor is read. Any thread may call it."""
         raise NotImplementedError
 
     def blocks(self, name: str) -> np.ndarray | None:
         """The stored codes and scales, uint8 (rows, row_bytes) in Hugging Face's row order, where
         ``info(name).grid`` is not None; None elsewhere."""
+        return self.block_rows(name, 0, self._spec(name).n_rows)
+
+    def block_rows(self, name: str, start: int, stop: int) -> np.ndarray | None:
+        """Rows ``start`` to ``stop`` of ``blocks(name)``; nothing else of the tensor is read."""
         raise NotImplementedError
 
     def gguf_metadata(self) -> list[Field] | None:
@@ -156,7 +160,7 @@ class GgufCheckpoint(Checkpoint):
         known = {spec.gguf_name for spec in family.tensors(config)}
         for name in self._file.entries:
             if name not in known:
-                family.adopt_computed(config, name, self._decode(name), path)
+                family.adopt_computed(config, name, self._whole(name), path)
         super().__init__(path, "gguf", family.text_config(config, path), family)
         for spec in self.specs.values():
             _check_shape(path, spec, self._file.entries.get(spec.gguf_name), spec.gguf_name)
@@ -178,37 +182,40 @@ class GgufCheckpoint(Checkpoint):
         dtype = self._file.entries[spec.gguf_name].dtype
         return _info(spec, dtype, _grid_of(dtype))
 
-    def read(self, name: str) -> np.ndarray:
+    def close(self) -> None:
+        self._file.close()
+
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         spec = self._spec(name)
-        values = self._decode(spec.gguf_name)
-        rows = spec.hf_rows()
-        if rows is not None:
-            values = values[rows]
+        values = pick_rows(spec.hf_rows(), start, stop, lambda a, b: self._decode(spec.gguf_name, a, b))
         return values - np.float32(spec.gguf_offset) if spec.gguf_offset else values
 
-    def blocks(self, name: str) -> np.ndarray | None:
+    def block_rows(self, name: str, start: int, stop: int) -> np.ndarray | None:
         spec = self._spec(name)
         if self.info(name).grid is None:
             return None
-        raw = self._file.raw(spec.gguf_name).reshape(spec.shape[0], -1)
-        rows = spec.hf_rows()
-        return raw.copy() if rows is None else raw[rows]
+        return pick_rows(spec.hf_rows(), start, stop, lambda a, b: self._file.read_rows(spec.gguf_name, a, b))
 
     def gguf_metadata(self) -> list[Field] | None:
         return list(self._file.fields)
 
-    def _decode(self, gguf_name: str) -> np.ndarray:
+    def _whole(self, gguf_name: str) -> np.ndarray:
+        shape = self._file.entries[gguf_name].shape
+        return self._decode(gguf_name, 0, n_rows(shape)).reshape(shape)
+
+    def _decode(self, gguf_name: str, start: int, stop: int) -> np.ndarray:
+        """Rows of a stored tensor as the file has them: float32 (stop - start, n)."""
         entry = self._file.entries[gguf_name]
-        raw = self._file.raw(gguf_name)
+        raw, shape = self._file.read_rows(gguf_name, start, stop), (stop - start, entry.shape[-1])
         if entry.dtype in _FLOATS:
-            return safetensors_file.to_float32(raw, entry.dtype, entry.shape, f"{self.path}: {gguf_name}")
+            return safetensors_file.to_float32(raw.reshape(-1), entry.dtype, shape, f"{self.path}: {gguf_name}")
         grid = _grid_of(entry.dtype)
         if grid is not None:
-            return _dequantize(raw.reshape(-1, entry.n_bytes // math.prod(entry.shape[:-1])), grid, entry.shape)
+            return _dequantize(raw, grid, shape)
         import gguf
 
         try:
-            values = gguf.quants.dequantize(raw.reshape(*entry.shape[:-1], -1), GGMLQuantizationType[entry.dtype])
+            values = gguf.quants.dequantize(raw, GGMLQuantizationType[entry.dtype])
         except NotImplementedError as error:
             where = f"{self.path}: {gguf_name}"
             raise Unsupported("this ggml type cannot be dequantized", where=where, found=entry.dtype) from error
@@ -298,22 +305,28 @@ class FolderCheckpoint(Checkpoint):
             return _info(spec, "I4", compressed_tensors.GRID)
         return _info(spec, self._files[stored].entries[stored].dtype, self._grids.get(name))
 
-    def read(self, name: str) -> np.ndarray:
+    def close(self) -> None:
+        for file in (*set(self._files.values()), self._blocks, self._metadata):
+            if file is not None:
+                file.close()
+
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         spec = self._spec(name)
         stored = self._stored[name]
         if stored in self._packed:
-            return compressed_tensors.read(self._files, stored)
+            return compressed_tensors.read_rows(self._files, stored, start, stop)
         file = self._files[stored]
-        where = f"{file.path}: {stored}"
-        return safetensors_file.to_float32(file.raw(stored), file.entries[stored].dtype, spec.shape, where)
+        where, shape = f"{file.path}: {stored}", (stop - start, spec.shape[-1])
+        raw = file.read_rows(stored, start, stop)
+        return safetensors_file.to_float32(raw.reshape(-1), file.entries[stored].dtype, shape, where)
 
-    def blocks(self, name: str) -> np.ndarray | None:
-        spec = self._spec(name)
+    def block_rows(self, name: str, start: int, stop: int) -> np.ndarray | None:
+        self._spec(name)
         if self._stored[name] in self._packed:
-            return compressed_tensors.blocks(self._files, self._stored[name])
+            return compressed_tensors.block_rows(self._files, self._stored[name], start, stop)
         if name not in self._grids or self._blocks is None:
             return None
-        return self._blocks.raw(name).reshape(spec.shape[0], -1).copy()
+        return self._blocks.read_rows(name, start, stop)
 
     def gguf_metadata(self) -> list[Field] | None:
         return list(self._metadata.fields) if self._metadata else None

@@ -12,12 +12,12 @@ import json
 import math
 import struct
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lowbit.checkpoint.tensor_file import Entry, TensorFile
 from lowbit.errors import BadFile, NotFound, Unsupported
 from lowbit.files import replacing
 
@@ -30,28 +30,12 @@ ITEM_BYTES = {
 _REDOWNLOAD = "Download or copy the file again"
 
 
-@dataclass(frozen=True)
-class Entry:
-    """Where a stored tensor lies: dtype in the container's spelling, row-major shape, absolute start, bytes."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    n_bytes: int
-
-
-class SafetensorsFile:
-    """One open .safetensors file: ``entries`` by name and ``raw(name)``, a read-only view of the stored bytes."""
+class SafetensorsFile(TensorFile):
+    """One open .safetensors file."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         self.entries, self.metadata = read_header(path)
-        self._map = np.memmap(path, mode="r", dtype=np.uint8)
-
-    def raw(self, name: str) -> np.ndarray:
-        """The tensor's bytes, uint8, not copied."""
-        entry = self.entries[name]
-        return self._map[entry.start : entry.start + entry.n_bytes]
+        super().__init__(path)
 
 
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -208,7 +192,7 @@ _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 def to_float32(raw: np.ndarray, dtype: str, shape: tuple[int, ...], where: object) -> np.ndarray:
     """Stored bytes as a fresh float32 array of ``shape``. Exact for F32, F16 and BF16."""
     if dtype == "BF16":
-        values = (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+        values = np.left_shift(raw.view("<u2"), 16, dtype=np.uint32).view(np.float32)
     elif dtype in _NUMPY:
         values = raw.view(_NUMPY[dtype]).astype(np.float32)
     else:

@@ -16,6 +16,7 @@ import numpy as np
 from gguf.constants import GGUFValueType
 
 from lowbit.checkpoint.gguf_file import Field
+from lowbit.checkpoint.tensor_file import n_rows
 from lowbit.errors import BadConfig, BadFile, Unsupported
 
 # Keys that every transformers config may carry and that change nothing about the numbers of a plain forward pass.
@@ -43,6 +44,11 @@ class TensorSpec:
     shape: tuple[int, ...]
     heads: int = 0
     gguf_offset: float = 0.0
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the tensor seen as (rows, n), all leading dimensions flattened; 1 of a vector."""
+        return n_rows(self.shape)
 
     def gguf_rows(self) -> np.ndarray | None:
         """Index array such that GGUF row i is Hugging Face row ``gguf_rows()[i]``; None where the order is the same."""
