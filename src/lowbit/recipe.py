@@ -12,7 +12,10 @@ from typing import Protocol
 from lowbit import grid as grids
 from lowbit.errors import BadOption, Unsupported
 
-_NAMES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "f16", "bf16", "f32")
+_NAMES = (
+    "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "f16", "bf16", "f32",
+    "mlx_affine4_g32", "mlx_affine4_g64", "mlx_affine8_g32", "mlx_affine8_g64", "int4_g32", "int4_g128",
+)  # fmt: skip
 
 
 class _Tensor(Protocol):
@@ -37,7 +40,8 @@ class Recipe:
     """A named rule from tensors to grids.
 
     weights: the grid of every matrix. The output head (or the embedding that serves as one) of a recipe below 8 bits
-    is Q6_K where its rows are whole Q6_K blocks, else Q8_0. Vectors (norms, biases) stay F32.
+    is Q6_K where its rows are whole Q6_K blocks, else Q8_0; for MLX it has 8 bits in the same groups. int4 recipes
+    leave embedding and head unquantized (F32). Vectors (norms, biases) stay F32.
     """
 
     name: str
@@ -60,9 +64,11 @@ class Recipe:
     def _grid_of(self, info: _Tensor, *, is_head: bool) -> str:
         if len(info.shape) < 2:
             return "f32"
+        if self.weights.startswith("int4_") and info.role in ("embedding", "output"):
+            return "f32"
         grid, row = grids.get(self.weights), info.shape[-1]
         if is_head and grid.bits_per_weight < 8:
-            grid = _head_grid(row)
+            grid = _head_grid(grid.name, row)
         if row % grid.block_size:
             raise Unsupported(
                 f"the rows are not whole {grid.name} blocks",
@@ -86,7 +92,9 @@ def names() -> tuple[str, ...]:
     return _NAMES
 
 
-def _head_grid(row: int) -> grids.Grid:
+def _head_grid(weights: str, row: int) -> grids.Grid:
+    if weights.startswith("mlx_affine4_"):
+        return grids.get(weights.replace("affine4", "affine8"))
     if "q6_k" in grids.names() and row % grids.get("q6_k").block_size == 0:
         return grids.get("q6_k")
     return grids.get("q8_0")

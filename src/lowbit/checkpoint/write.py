@@ -102,8 +102,13 @@ def _copy_tokenizer(folder: Path, like: Checkpoint) -> None:
         with replacing(folder / METADATA) as partial, open(partial, "wb") as handle:
             write_header(handle, fields, [])
         return
+    copy_side_files(like.path, folder)
+
+
+def copy_side_files(source: Path, folder: Path) -> None:
+    """Copies the files of a tokenizer and of generation from one Hugging Face folder to another."""
     for name in _SIDE_FILES:
-        source = like.path / name
-        if source.is_file() and source.resolve() != (folder / name).resolve():
+        file = source / name
+        if file.is_file() and file.resolve() != (folder / name).resolve():
             with replacing(folder / name) as partial:
-                shutil.copyfile(source, partial)
+                shutil.copyfile(file, partial)

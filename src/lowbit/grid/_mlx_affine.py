@@ -14,11 +14,26 @@ from typing import ClassVar
 
 import numpy as np
 
-from lowbit.grid._array import as_blocks, as_rows, cast, extremes, raw_blocks, round_to
+from lowbit.grid._array import ScaledGrid, as_blocks, as_rows, cast, extremes, raw_blocks, round_to
 from lowbit.grid._layout import halves, pairs, put_halves, put_pairs
 from lowbit.grid.base import Array, Blocks, Grid, namespace
+from lowbit.grid.q4_0 import Q4_0
+from lowbit.grid.q8_0 import Q8_0
 
 _EPSILON = float(np.float32(1e-7))  # the least scale
+
+
+class _Q4G64(Q4_0):
+    block_size = 64
+
+
+class _Q8G64(Q8_0):
+    block_size = 64
+
+
+_SYMMETRIC: dict[tuple[int, int], ScaledGrid] = {
+    (4, 32): Q4_0(), (4, 64): _Q4G64(), (8, 32): Q8_0(), (8, 64): _Q8G64(),
+}  # fmt: skip
 
 
 class MlxAffine(Grid):
@@ -36,6 +51,11 @@ class MlxAffine(Grid):
     def zero(self) -> int:
         """The code that stands for 0 where a group is symmetric, that is where its bias is ``-zero`` scales."""
         return 1 << (self.bits - 1)
+
+    @property
+    def symmetric(self) -> ScaledGrid:
+        """Codes from ``-zero`` up times a scale, in groups of the same size: what a bias of ``-zero`` scales makes."""
+        return _SYMMETRIC[self.bits, self.block_size]
 
     def quantize(self, x: Array, scale_dtype: str = "F16") -> Blocks:
         """MLX's own rounding of ``x`` (..., n) float32; with numbers that ``scale_dtype`` holds, of a tensor of it.

@@ -14,7 +14,7 @@ from lowbit import files, verbs
 from lowbit import recipe as recipes
 from lowbit.checkpoint import Checkpoint, open_checkpoint
 from lowbit.pack import certificate as certificates
-from lowbit.pack import gguf_container
+from lowbit.pack import containers
 from lowbit.pack.certificate import Certificate, TensorProof, verify
 from lowbit.recipe import Recipe
 
@@ -35,46 +35,51 @@ class PackResult:
 
 def pack(
     checkpoint: Checkpoint | str | Path,
-    recipe: Recipe | str,
+    recipe: Recipe | str | None,
     out: str | Path,
     *,
+    to: str | None = None,
     naive: bool = False,
     certificate: bool = False,
 ) -> PackResult:
-    """Writes ``checkpoint`` as a GGUF whose tensors lie on the grids that ``recipe`` assigns.
+    """Writes ``checkpoint`` as an artifact whose tensors lie on the grids that ``recipe`` assigns.
 
     checkpoint: an open Checkpoint, or anything that open_checkpoint takes.
-    recipe: a Recipe or its name ('q4_0', ...); 'source' leaves the weights unquantized: F32, or the source's own F16
-    or BF16 where every weight has it.
-    naive: every tensor is rounded from its values by the ggml C library, as llama-quantize does it, also where the
-    checkpoint holds codes and scales of its own.
-    certificate: reads the file again before it takes its name, and writes OUT.certificate.json beside it: what of it is
-    proved to be the source, bit for bit. ``lowbit pack`` always does.
+    recipe: a Recipe or its name ('q4_0', ...); None is the container's usual one ('q4_0' of GGUF). 'source' leaves the
+    weights unquantized: F32, or the source's own F16 or BF16 where every weight has it.
+    to: 'gguf' (a file), 'mlx' or 'compressed-tensors' (folders); None is the one that has the recipe's format.
+    naive: every tensor is rounded from its values by the library's own rule, as llama-quantize or mlx-lm does it, also
+    where the checkpoint holds codes and scales of its own.
+    certificate: reads the artifact again before it takes its name, and writes OUT.certificate.json beside a file, or
+    certificate.json into a folder: what of it is proved to be the source, bit for bit. ``lowbit pack`` always does.
 
-    A tensor is in memory at a time, and the file takes its name only when it is whole.
-    Raises BadFile (NaN or Inf in a tensor), Unsupported (tokenizer, row length), CannotWrite.
+    A tensor is in memory at a time, and the artifact takes its name only when it is whole.
+    Raises BadFile (NaN or Inf in a tensor), BadOption (the container does not have the recipe's format), Unsupported
+    (tokenizer, row length), CannotWrite.
     """
     if not isinstance(checkpoint, Checkpoint):
         with open_checkpoint(checkpoint) as opened:
-            return pack(opened, recipe, out, naive=naive, certificate=certificate)
+            return pack(opened, recipe, out, to=to, naive=naive, certificate=certificate)
+    if recipe is None:
+        recipe = containers.choose(to, None).RECIPE
     if recipe == "source":
         name = _float_type(checkpoint)
         types = {n: name if len(checkpoint.info(n).shape) > 1 else "f32" for n in checkpoint.names}
     else:
         chosen = recipes.get(recipe) if isinstance(recipe, str) else recipe
         name, types = chosen.name, chosen.assign(checkpoint)
+    container = containers.choose(to, name if recipe == "source" else chosen.weights)
     out = Path(out)
     proved: list[Certificate] = []
 
     def prove(whole: Path) -> None:
         proved.append(certificates.prove(whole, checkpoint, final=out))
         # Before the file itself: a certificate without its file says so by its hash, a file without one says nothing.
-        files.write_json(certificates.path_beside(out), proved[0].to_json())
+        beside = certificates.path_beside(whole if whole.is_dir() else out)
+        files.write_json(beside, proved[0].to_json())
 
-    size = gguf_container.write(
-        checkpoint, types, out, file_type=name, naive=naive, check=prove if certificate else None
-    )
-    if not certificate:  # an earlier file's would be of another file now
+    size = container.write(checkpoint, types, out, file_type=name, naive=naive, check=prove if certificate else None)
+    if not certificate and not out.is_dir():  # an earlier file's would be of another file now
         certificates.path_beside(out).unlink(missing_ok=True)
     return PackResult(
         path=out,

@@ -1,4 +1,4 @@
-"""The certificate: what of a packed file is the source bit for bit, proved on the file's own bytes.
+"""The certificate: what of a packed file or folder is the source bit for bit, proved on the artifact's own bytes.
 
 Every tensor of the source is read again, every block of the artifact is decoded as the runtime decodes it, and
 ``lattice.judge`` compares the two. Nothing here depends on who packed the file or how.
@@ -24,7 +24,7 @@ from lowbit.checkpoint.gguf_file import GgufFile
 from lowbit.checkpoint.model import read_json
 from lowbit.errors import BadFile, LowbitError, NotFound, Unsupported
 from lowbit.grid.base import Grid
-from lowbit.pack import identify, lattice
+from lowbit.pack import folder_proof, identify, lattice, model_folder
 from lowbit.pack.gguf_container import file_values, precision_of
 
 FORMAT = "lowbit-certificate/1"
@@ -90,13 +90,16 @@ class Certificate:
 
 
 def path_beside(artifact: str | Path) -> Path:
-    """Where the certificate of ``artifact`` lies: OUT.gguf.certificate.json beside OUT.gguf."""
+    """Where the certificate of ``artifact`` lies: FOLDER/certificate.json, OUT.gguf.certificate.json beside OUT.gguf."""
     path = Path(artifact)
+    if path.is_dir():
+        return path / model_folder.CERTIFICATE
     return path.with_name(path.name + SUFFIX)
 
 
 def verify(artifact: str | Path, source: Checkpoint | str | Path) -> Certificate:
-    """Proves a GGUF, made by whatever program, against the checkpoint that it was made from. Writes nothing.
+    """Proves a GGUF or a folder (MLX, compressed-tensors), made by whatever program, against the checkpoint that it was
+    made from. Writes nothing.
 
     A certificate that lies beside the artifact must be the artifact's own and, where it is of the same source, say
     the same. Raises NotFound, Unsupported, or BadFile: not a GGUF or truncated, of another model, with NaN or Inf, or a
@@ -106,9 +109,11 @@ def verify(artifact: str | Path, source: Checkpoint | str | Path) -> Certificate
         with open_checkpoint(source) as opened:
             return verify(artifact, opened)
     path = Path(artifact)
-    if not path.is_file():
-        raise NotFound("no such file", where=path, expected="a GGUF")
-    _open(path, source)  # a damaged file is to be called that, and not another than its certificate's
+    if not path.exists():
+        raise NotFound("no such file", where=path, expected="a GGUF, or a folder")
+    (_open_folder if path.is_dir() else _open)(
+        path, source
+    ).close()  # a damaged file is to be called that, and not another than its certificate's
     stated = _stated(path)
     proved = prove(path, source)
     if stated and stated.get("source_sha256") == proved.source_sha256 and stated.get("totals") != proved.totals:
@@ -120,7 +125,12 @@ def verify(artifact: str | Path, source: Checkpoint | str | Path) -> Certificate
 
 
 def prove(artifact: Path, source: Checkpoint, *, final: Path | None = None) -> Certificate:
-    """The certificate of the file ``artifact``, which will be called ``final``. Raises BadFile and Unsupported."""
+    """The certificate of the file or folder ``artifact``, which will be called ``final``.
+
+    Raises BadFile and Unsupported.
+    """
+    if artifact.is_dir():
+        return _prove_folder(artifact, source, final or artifact)
     file, label = _open(artifact, source), final or artifact
     specs = tuple(source.specs.values())
     tensors = []
@@ -143,14 +153,54 @@ def prove(artifact: Path, source: Checkpoint, *, final: Path | None = None) -> C
     )
 
 
+def _prove_folder(artifact: Path, source: Checkpoint, final: Path) -> Certificate:
+    tensors, done = [], 0
+    with _open_folder(artifact, source) as folder, console.progress("Proving", source.n_weights) as bar:
+        for spec in source.specs.values():
+            found, info = folder_proof.count(folder, source, spec), source.info(spec.name)
+            on = None
+            if len(spec.shape) > 1:
+                rows = identify.sample(spec.n_rows, spec.shape[-1])
+                sampled = np.concatenate([source.read_rows(spec.name, row, row + 1) for row in rows])
+                on = identify.describe(sampled, info.dtype) if info.dtype in _FLOATS else f"stored as {info.dtype}"
+            off, within, exact = (int(n) for n in found.counts)
+            tensors.append(
+                TensorProof(
+                    name=spec.name, type=found.type, source_dtype=info.dtype, rounded_to=found.rounded_to, grid=on,
+                    blocks=off + within + exact, exact=exact, within_scale_rounding=within, off_lattice=off,
+                    max_error=found.max_error,
+                )
+            )  # fmt: skip
+            done += math.prod(spec.shape)
+            bar.update(done)
+        extra = [TensorProof(name=name, type=folder.info(name).dtype.lower(), note="the source has no such tensor")
+                 for name in folder.names if name not in source]  # fmt: skip
+    return Certificate(
+        source=_utf8(source.name),
+        artifact=_utf8(final.name),
+        source_sha256=source_sha256(source),
+        artifact_sha256=artifact_sha256(artifact),
+        tensors=(*tensors, *extra),
+    )
+
+
 def source_sha256(source: Checkpoint) -> str:
     """SHA-256 of the source's one file; of several, that of the text `sha256sum *.safetensors` prints in the folder."""
     if source.path.is_file():
         return files.sha256(source.path)
-    hashes = {path.name: files.sha256(path) for path in sorted(source.path.glob("*.safetensors"))}
-    if len(hashes) == 1:
-        return next(iter(hashes.values()))
-    listing = "".join(f"{digest}  {name}\n" for name, digest in hashes.items())
+    paths = sorted(source.path.glob("*.safetensors"))
+    return files.sha256(paths[0]) if len(paths) == 1 else _sha256_of_listing(paths)
+
+
+def artifact_sha256(artifact: Path) -> str:
+    """SHA-256 of the artifact's file; of a folder, that of what `sha256sum config.json *.safetensors` prints in it."""
+    if artifact.is_file():
+        return files.sha256(artifact)
+    return _sha256_of_listing([artifact / "config.json", *sorted(artifact.glob("*.safetensors"))])
+
+
+def _sha256_of_listing(paths: list[Path]) -> str:
+    listing = "".join(f"{files.sha256(path)}  {path.name}\n" for path in paths)
     return hashlib.sha256(listing.encode()).hexdigest()
 
 
@@ -162,7 +212,7 @@ def _stated(artifact: Path) -> dict[str, Any] | None:
     stated = read_json(path, BadFile)
     if stated.get("format") != FORMAT:
         raise BadFile("not a certificate", where=path, found=str(stated.get("format"))[:40], expected=FORMAT)
-    found = files.sha256(artifact)
+    found = artifact_sha256(artifact)
     if stated.get("artifact_sha256") != found:
         raise BadFile(
             "the certificate is of another file, or the file was changed since",
@@ -170,6 +220,18 @@ def _stated(artifact: Path) -> dict[str, Any] | None:
             hint="Pack again, or remove the certificate to prove the file as it is",
         )  # fmt: skip
     return stated
+
+
+def _open_folder(artifact: Path, source: Checkpoint) -> Checkpoint:
+    if not (artifact / "config.json").is_file():
+        raise BadFile("not a model folder", where=artifact, expected="config.json")
+    folder = open_checkpoint(artifact)
+    try:
+        folder_proof.check(folder, source)
+    except BaseException:
+        folder.close()
+        raise
+    return folder
 
 
 def _open(artifact: Path, source: Checkpoint) -> GgufFile:

@@ -18,6 +18,7 @@ from lowbit.files import replacing
 from lowbit.grid.base import Grid
 from lowbit.pack import lattice, tokenizer
 
+RECIPE = "q4_0"
 # llama.cpp's LLAMA_FTYPE_*: what `general.file_type` says a file mostly is.
 FILE_TYPES = {
     "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q6_k": 18, "bf16": 32,
@@ -26,6 +27,10 @@ _GUESSED = 1024
 _QUANTIZATION_VERSION = 2
 _REPLACED = ("general.file_type", "general.quantization_version")
 _SLICE_WEIGHTS = 1 << 22  # weights rounded at a time: 16 MiB of float32
+
+
+def holds(grid: str) -> bool:
+    return grids.get(grid).ggml_type is not None
 
 
 def write(
@@ -139,7 +144,7 @@ def _head(spec: TensorSpec, grid: Grid) -> TensorHead:
 
 def _ggml_type(grid: Grid) -> int:
     if grid.ggml_type is None:
-        raise BadOption("GGUF does not have this format", found=grid.name, hint="--to names another container")
+        raise BadOption("GGUF does not have this format", found=grid.name)
     return grid.ggml_type
 
 

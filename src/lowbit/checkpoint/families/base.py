@@ -131,6 +131,10 @@ class Family(ABC):
     def config_from_gguf(self, values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: object) -> dict:
         """config.json rebuilt from a GGUF's key-values and tensor shapes (by GGUF name, row-major)."""
 
+    def mlx_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """config.json as mlx-lm's model of this family reads it. Raises Unsupported where it has none."""
+        raise Unsupported("lowbit does not write this family for MLX", found=self.name, hint="--to gguf has it")
+
     def computed(self, config: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Tensors that GGUF stores and Hugging Face computes from the config (by GGUF name, float32)."""
         return {}
@@ -214,6 +218,12 @@ def rope_of(config: Mapping[str, Any], where: object, allowed: Mapping[str, tupl
     theta = config.get("rope_theta") or 10000.0
     key = "rope_parameters" if config.get("rope_parameters") is not None else "rope_scaling"
     return rope_parameters(config.get(key), where, allowed, theta, key)
+
+
+def mlx_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """mlx-lm's keys of a rope: it knows ``rope_parameters`` for few models only."""
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return {"rope_theta": rope["rope_theta"], "rope_scaling": scaling if rope["rope_type"] != "default" else None}
 
 
 def rope_parameters(

@@ -16,6 +16,7 @@ from lowbit.checkpoint.families.base import (
     Keys,
     TensorSpec,
     decoder_tensors,
+    mlx_rope,
     real,
     rope_parameters,
     text,
@@ -127,6 +128,12 @@ class Gemma3(Family):
         if rope["rope_type"] == "linear":
             fields += [text("gemma3.rope.scaling.type", "linear"), real("gemma3.rope.scaling.factor", rope["factor"])]
         return fields
+
+    def mlx_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        full, local = _ropes(config, "config")
+        return {
+            **config, **mlx_rope(full), "rope_local_base_freq": local["rope_theta"], "sliding_window_pattern": _PERIOD,
+        }  # fmt: skip
 
     def config_from_gguf(self, values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: object) -> dict:
         keys = Gguf(values, "gemma3", where)
