@@ -90,7 +90,7 @@ class Certificate:
 
 
 def path_beside(artifact: str | Path) -> Path:
-    """Where the certificate of ``artifact`` lies: FOLDER/certificate.json, OUT.gguf.certificate.json beside OUT.gguf."""
+    """Where the certificate of ``artifact`` lies: in a folder, or beside a GGUF as OUT.gguf.certificate.json."""
     path = Path(artifact)
     if path.is_dir():
         return path / model_folder.CERTIFICATE

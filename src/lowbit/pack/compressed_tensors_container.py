@@ -100,7 +100,7 @@ def _names(spec: TensorSpec) -> tuple[str, str, str]:
 
 
 def _parts(checkpoint: Checkpoint, spec: TensorSpec, grid: Int4, preferred: str, *, naive: bool) -> Iterator[Part]:
-    own = not naive and _own_codes(checkpoint, spec, grid, 0, 0) is not None
+    own = not naive and _own_codes(checkpoint, spec, grid, 0, 1) is not None
     dtype = "F32" if own or naive else model_folder.precision_of(checkpoint, spec)
     words, scales = [], []
     for start, stop in model_folder.slices(spec):

@@ -108,7 +108,7 @@ class _Group:
 
 def _coded(checkpoint: Checkpoint, spec: TensorSpec, grid: MlxAffine, *, naive: bool) -> tuple[MlxAffine, list[_Group]]:
     """The matrix in slices of rows: the source's own codes, those found again in its values, or MLX's rounding."""
-    own = not naive and _as_affine(checkpoint, spec, grid, 0, 0) is not None
+    own = not naive and _as_affine(checkpoint, spec, grid, 0, 1) is not None
     dtype = "F32" if own or naive else model_folder.precision_of(checkpoint, spec)
     found = []
     for start, stop in model_folder.slices(spec):
@@ -179,7 +179,7 @@ def _as_affine(checkpoint: Checkpoint, spec: TensorSpec, grid: MlxAffine, start:
         return None
     if source.has_scales and -grid.zero <= source.min_code and source.max_code < grid.zero:
         blocks = symmetric_blocks(grid, blocks)
-    elif blocks.mins is None or not 0 < source.max_code <= grid.top:
+    elif blocks.mins is None or (source.top if isinstance(source, MlxAffine) else source.max_code) > grid.top:
         return None
     shape = (stop - start, spec.shape[-1] // grid.block_size, grid.block_size)
     scales, mins = (np.repeat(np.asarray(part), times, axis=-1) for part in (blocks.scales, blocks.mins))

@@ -140,8 +140,8 @@ def as_bytes(part: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def preferred_dtype(checkpoint: Checkpoint, quantized: Sequence[str]) -> str:
-    """'BF16' or 'F16', told from a sample of the tensors ``quantized``: that which holds the scales of training, where
-    they show; else the source's own dtype, and F16 (the finer one) for F32."""
+    """'BF16' or 'F16', told from a sample of the tensors ``quantized``: a 16-bit source's own, but for BF16 values on
+    scales that only F16 holds; of others BF16 where it holds their scales, as of training on BF16 ones, else F16."""
     picked = quantized[:: max(1, len(quantized) // _SAMPLED)][:_SAMPLED] or checkpoint.names[:1]
     return "F16" if any(_wants_f16(checkpoint, name) for name in picked) else "BF16"
 
@@ -155,6 +155,8 @@ def _wants_f16(checkpoint: Checkpoint, name: str) -> bool:
         return not all(np.array_equal(round_to(s, "BF16"), s) for s in (s.astype(np.float32) for s in scales))
     sampled = np.concatenate([checkpoint.read_rows(name, row, row + 1) for row in rows])
     dtype = lattice.precision(sampled, checkpoint.info(name).dtype)
+    if dtype == "F16":
+        return True
     found = identify.identify(sampled, dtype)
     return found.scales != "bf16" if found else dtype != "BF16"
 

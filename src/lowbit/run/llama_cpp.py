@@ -19,7 +19,7 @@ import numpy as np
 
 from lowbit.checkpoint.gguf_file import GgufFile
 from lowbit.errors import BadFile, BadOption, BadText, NotFound, RuntimeFailed
-from lowbit.run import _chat_template, _llama_h, _trial
+from lowbit.run import _chat_template, _llama_h, _tokens, _trial
 from lowbit.run._cores import available_cores
 from lowbit.run._sampling import sample
 from lowbit.units import MIB
@@ -372,23 +372,12 @@ class LlamaCpp:
         return np.ctypeslib.as_array(self._lib.llama_get_logits(context), shape=(outputs, self.n_vocab))
 
     def _fitting(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
-        self._check_ids(tokens)
-        if not 0 < len(tokens) <= self.context:
-            raise BadOption(
-                "the sequence does not fit the context",
-                where=self.path,
-                found=f"{len(tokens)} tokens",
-                expected=f"1 to {self.context}",
-                hint="Open the model with a larger context",
-            )
-        return np.ascontiguousarray(tokens, np.int32)
+        self._open_model()
+        return _tokens.fitting(tokens, self.n_vocab, self.context, self.path)
 
     def _check_ids(self, tokens: Sequence[int] | np.ndarray) -> None:
         self._open_model()
-        ids = np.asarray(tokens)
-        if ids.size and (ids.min() < 0 or ids.max() >= self.n_vocab):
-            # llama.cpp would read past its table.
-            raise BadOption("a token id is out of range", found=int(ids.max()), expected=f"0 to {self.n_vocab - 1}")
+        _tokens.check_ids(tokens, self.n_vocab)
 
     def _spelled(self, token: int) -> str:
         return self.piece(token, special=True).decode("utf-8", "replace") if token >= 0 else ""
