@@ -128,6 +128,14 @@ def test_broken_parts_are_named(packed: tuple[Path, dict[str, Any]], part: str) 
         open_checkpoint(packed[0])
 
 
+def test_a_vector_in_parts_is_refused(packed: tuple[Path, dict[str, Any]]) -> None:
+    stored = load_file(packed[0] / "model.safetensors")
+    stored["model.norm.weight_packed"] = stored.pop("model.norm.weight").int()
+    save_file(stored, packed[0] / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BadFile, match=r"norm\.weight: codes and scales of what is no matrix"):
+        open_checkpoint(packed[0])
+
+
 def test_a_scale_beyond_float16_is_refused(packed: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     stored = load_file(packed[0] / "model.safetensors")
     stored[f"{Q_PROJ}_scale"][3, 1] = 1e6

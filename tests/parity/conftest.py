@@ -14,6 +14,6 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             difference, kl = found["largest_logit_difference"], found["largest_kl"]
             lines.append(f"{name}: largest logit difference {difference:.1e}, largest KL {kl:.1e} nats")
     if lines:
-        terminalreporter.section("parity of llama.cpp with transformers")
+        terminalreporter.section("parity with transformers")
         for line in lines:
             terminalreporter.write_line(line)

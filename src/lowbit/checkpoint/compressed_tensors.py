@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lowbit import grid as grids
-from lowbit.checkpoint.packed import SCALE_DTYPES, Files, Scheme, check_groups, check_part, scale_rows
+from lowbit.checkpoint.packed import SCALE_DTYPES, Files, Scheme, check_groups, check_part, rows_of, scale_rows
 from lowbit.errors import BadConfig, BadFile, Unsupported
 from lowbit.grid._int4 import Int4
 from lowbit.grid.base import Blocks
@@ -94,7 +94,7 @@ class CompressedTensors(Scheme):
         return f"int4_g{self.group}", (*rows, words * _PER_WORD)
 
     def check(self, files: Files, name: str, shape: tuple[int, ...]) -> None:
-        rows, n = shape
+        rows, n = rows_of(name, shape)
         check_groups(name, n, self.group)
         packed, scale, stored_shape = self.parts(name)
         check_part(files, packed, ("I32",), (rows, n // _PER_WORD))

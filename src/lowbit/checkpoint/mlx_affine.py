@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lowbit import grid as grids
-from lowbit.checkpoint.packed import SCALE_DTYPES, Files, Scheme, check_groups, check_part, scale_rows
+from lowbit.checkpoint.packed import SCALE_DTYPES, Files, Scheme, check_groups, check_part, rows_of, scale_rows
 from lowbit.errors import BadConfig, BadFile, Unsupported
 from lowbit.grid._mlx_affine import MlxAffine
 from lowbit.grid.base import Blocks
@@ -61,7 +61,7 @@ class Mlx(Scheme):
         return self.grid(files, name), (*rows, words * _WORD_BITS // self._layout(files, name)[0])
 
     def check(self, files: Files, name: str, shape: tuple[int, ...]) -> None:
-        rows, n = shape
+        rows, n = rows_of(name, shape)
         words, scales, biases = self.parts(name)
         bits, group = self._found[name] = self._find(files, name, n)
         if self.grid(files, name) not in grids.names():

@@ -135,6 +135,9 @@ def _library() -> Any:
         raise RuntimeFailed(
             "mlx-lm does not start", found=error, hint="Raise the limit on open files: ulimit -n"
         ) from error
+    if mx.default_device().type == mx.DeviceType.cpu:
+        # There it would compile kernels into /tmp/mlx with g++, and run what anybody has put there under that name.
+        mx.disable_compile()
     return mx
 
 
