@@ -60,6 +60,22 @@ def test_the_other_recipes_put_every_matrix_on_their_grid(name: str) -> None:
     assert assigned["norm"] == "f32"
 
 
+@pytest.mark.parametrize("group", [32, 64])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_of_an_mlx_recipe_has_8_bits(group: int, tied: bool) -> None:
+    assigned = recipe.get(f"mlx_affine4_g{group}").assign_specs(_model(tied=tied, row=576))
+    assert assigned["embed" if tied else "head"] == f"mlx_affine8_g{group}"
+    assert (assigned["q"], assigned["norm"]) == (f"mlx_affine4_g{group}", "f32")
+    assert set(recipe.get(f"mlx_affine8_g{group}").assign_specs(_model()).values()) == {f"mlx_affine8_g{group}", "f32"}
+
+
+@pytest.mark.parametrize("name", ["int4_g32", "int4_g128"])
+def test_an_int4_recipe_leaves_embedding_and_head(name: str) -> None:
+    assigned = recipe.get(name).assign_specs(_model(tied=False, row=512))
+    assert {n for n, grid_name in assigned.items() if grid_name == name} == {"q", "down"}
+    assert {assigned[n] for n in ("embed", "head", "norm")} == {"f32"}
+
+
 def test_rows_that_are_not_whole_blocks_name_the_tensor() -> None:
     with pytest.raises(Unsupported, match="down: the rows are not whole q4_0 blocks; found rows of 48; expected a mul"):
         recipe.get("q4_0").assign_specs([Spec("down", "ffn_down", (64, 48))])
