@@ -4,8 +4,9 @@ value = scale * code + bias. The edge of a group that is farther from zero is me
 is such that zero is a code too. Computed in float32, whatever the dtype of the weights; scales and biases are then
 stored in that dtype. Source: quantize in mlx/backend/cpu/quantized.cpp and affine_quantize in mlx/ops.cpp.
 
-``dequantize`` gives what MLX's quantized matrix product computes with in float32. On weights of 16 bits some kernels
-(mx.dequantize, Metal's matrix-matrix product) round the product, and then the sum, to 16 bits.
+``dequantize`` gives what MLX computes with in float32. On weights of 16 bits the kernels of the CPU
+round the product, and then the sum, to 16 bits; Metal's (mlx/backend/metal/kernels/quantized.h) round the sum alone,
+before 0.32.1 both.
 """
 
 from __future__ import annotations
