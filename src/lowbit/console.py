@@ -36,8 +36,15 @@ _LINE_EVERY = 30.0  # seconds, where there is no terminal to draw a bar on
 class Progress:
     """A bar with a description, a fraction and free text (loss, time left)."""
 
-    def __init__(self, bar: Any = None, task: Any = None) -> None:
-        self._bar, self._task = bar, task
+    def __init__(self, bar: Any = None, task: Any = None, unit: str = "") -> None:
+        self._bar, self._task, self._unit = bar, task, unit
+        self._done, self._begun = 0.0, time.monotonic()
+
+    def advance(self, amount: float) -> None:
+        """Adds to the completed amount, and notes how many million units a second that makes."""
+        self._done += amount
+        rate = self._done / max(1e-9, time.monotonic() - self._begun) / 1e6
+        self.update(self._done, f"{rate:.0f} million {self._unit} a second")
 
     def update(self, completed: float, note: str | None = None) -> None:
         """Sets the completed amount (same unit as the total) and, if given, the note after the bar."""
@@ -49,8 +56,8 @@ class Progress:
 class _Lines(Progress):
     """The same as lines in a log, one now and then."""
 
-    def __init__(self, description: str, total: float) -> None:
-        super().__init__()
+    def __init__(self, description: str, total: float, unit: str) -> None:
+        super().__init__(unit=unit)
         self._description, self._total, self._last = description, total, time.monotonic()
 
     def update(self, completed: float, note: str | None = None) -> None:
@@ -61,14 +68,17 @@ class _Lines(Progress):
 
 
 @contextlib.contextmanager
-def progress(description: str, total: float) -> Iterator[Progress]:
-    """A progress bar on standard error: live on a terminal; elsewhere a line at the start and one every half minute."""
+def progress(description: str, total: float, unit: str = "") -> Iterator[Progress]:
+    """A progress bar on standard error: live on a terminal; elsewhere a line at the start and one every half minute.
+
+    unit: of ``total``, for ``advance``.
+    """
     if _quiet:
         yield Progress()
         return
     if not sys.stderr.isatty():
         log(f"{description} ...")
-        yield _Lines(description, total)
+        yield _Lines(description, total, unit)
         return
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
@@ -82,4 +92,4 @@ def progress(description: str, total: float) -> Iterator[Progress]:
         TextColumn("{task.fields[note]}"),
     )
     with RichProgress(*columns, console=Console(stderr=True), transient=False) as bar:
-        yield Progress(bar, bar.add_task(description, total=total, note=""))
+        yield Progress(bar, bar.add_task(description, total=total, note=""), unit)

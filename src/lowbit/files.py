@@ -8,12 +8,18 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, BinaryIO
 
 from lowbit.errors import CannotWrite
 from lowbit.units import MIB
+
+try:
+    import fcntl
+except ImportError:  # Windows: there, two processes at once are not noticed
+    fcntl = None  # type: ignore[assignment]
 
 
 @contextlib.contextmanager
@@ -25,9 +31,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     final = Path(path)
     partial = final.parent / f"{final.name}.{os.getpid()}.partial"
     try:
-        if not final.name or final.is_dir():  # now, not when everything is written and wants the name
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        final.parent.mkdir(parents=True, exist_ok=True)
+        prepare_place(final)
         yield partial
         with open(partial, "rb") as handle:
             os.fsync(handle.fileno())
@@ -37,6 +41,23 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+def prepare_place(final: Path) -> None:
+    """Makes the folder of a file to come. Raises OSError where no file of that name can be."""
+    if not final.name or final.is_dir():  # now, not when everything is written and wants the name
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    final.parent.mkdir(parents=True, exist_ok=True)
+
+
+def lock(handle: IO[Any]) -> bool:
+    """Locks an open file until it is closed or the process ends; False where another process has it."""
+    if fcntl is not None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
 
 
 @contextlib.contextmanager
@@ -65,12 +86,17 @@ def replacing_folder(path: str | os.PathLike[str], *, marker: str) -> Iterator[P
                 os.fsync(handle.fileno())
         if final.exists():
             final.replace(replaced)
-        partial.replace(final)
+        try:
+            partial.replace(final)
+        except OSError:
+            if replaced.exists():
+                replaced.replace(final)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
         raise cannot_write(final, error) from error
     finally:
-        for leftover in (partial, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -112,6 +138,37 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Writes ``value`` as indented UTF-8 JSON, whole or not at all."""
     with replacing(path) as partial:
         partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+_ONE_POSITION = threading.Lock()  # where files cannot be read at an offset, as on Windows
+
+
+def read_at(handle: BinaryIO, out: memoryview, at: int) -> int:
+    """Fills ``out`` from offset ``at`` of an unbuffered file; the bytes read, fewer at its end. For any thread."""
+    done = 0
+    while done < len(out):
+        if hasattr(os, "preadv"):
+            got = os.preadv(handle.fileno(), [out[done:]], at + done)
+        else:
+            with _ONE_POSITION:
+                handle.seek(at + done)
+                got = handle.readinto(out[done:])  # type: ignore[attr-defined]
+        if not got:
+            break
+        done += got
+    return done
+
+
+def write_at(handle: BinaryIO, data: memoryview, at: int) -> None:
+    """Writes all of ``data`` at offset ``at`` of an unbuffered file. For any thread."""
+    done = 0
+    while done < len(data):
+        if hasattr(os, "pwrite"):
+            done += os.pwrite(handle.fileno(), data[done:], at + done)
+        else:
+            with _ONE_POSITION:
+                handle.seek(at + done)
+                done += handle.write(data[done:])
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

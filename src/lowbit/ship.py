@@ -30,14 +30,9 @@ from lowbit.inspect import inspect
 from lowbit.measure import MeasureOptions, measure
 from lowbit.measure.record import machine
 from lowbit.measure.text import check_text, chunks_of, read_text
-from lowbit.pack import containers, pack
+from lowbit.pack import containers, pack, partial
 from lowbit.report import PAGE, RECORD, read_record, render, report
 from lowbit.run.llama_cpp import LlamaCpp
-
-try:
-    import fcntl
-except ImportError:  # Windows: there, two runs at once in one folder are not noticed
-    fcntl = None  # type: ignore[assignment]
 
 _FORMAT = "lowbit-run/1"
 _HELD_OUT_CHUNKS = 12
@@ -108,9 +103,10 @@ class _Run:
                 self._start_over()
             if not mark.exists():
                 files.write_json(mark, key)
-            # A killed run could not remove what it was writing.
+            # A killed run could not remove what it was writing; what packing goes on from has a journal beside it.
             for left in self.out.rglob("*.partial"):
-                left.unlink(missing_ok=True)
+                if not partial.journal_of(left).exists():
+                    left.unlink(missing_ok=True)
             yield
 
     def _refuse_what_is_there(self) -> None:
@@ -271,12 +267,9 @@ def _only_one(path: Path) -> Iterator[None]:
     except OSError as error:
         raise files.cannot_write(path, error) from error
     with handle:
-        if fcntl is not None:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                hint = "Wait for it, or choose another --out"
-                raise BadOption("another run is at work in this folder", where=path.parent.parent, hint=hint) from None
+        if not files.lock(handle):
+            hint = "Wait for it, or choose another --out"
+            raise BadOption("another run is at work in this folder", where=path.parent.parent, hint=hint)
         yield
 
 

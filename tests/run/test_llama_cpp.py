@@ -8,7 +8,7 @@ import pytest
 from tiny_gguf import write_tiny
 
 from lowbit.errors import BadFile, BadOption, BadText, NotFound, RuntimeFailed
-from lowbit.run import _cores, _llama_h
+from lowbit.run import _llama_h
 from lowbit.run._sampling import sample
 from lowbit.run.llama_cpp import KV_TYPES, LlamaCpp
 
@@ -233,20 +233,6 @@ def test_another_release_of_the_library_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(_llama_h.metadata, "version", lambda name: "2027.1.1")
     with pytest.raises(RuntimeFailed, match="laid out differently"):
         _llama_h.load.__wrapped__()
-
-
-def test_cores_counts_hardware_threads_of_a_core_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for cpu, core in enumerate(("0", "1", "0", "1")):
-        topology = tmp_path / f"cpu{cpu}" / "topology"
-        topology.mkdir(parents=True)
-        (topology / "physical_package_id").write_text("0\n")
-        (topology / "core_id").write_text(core + "\n")
-    monkeypatch.setattr(_cores, "_CPUS", tmp_path)
-    monkeypatch.setattr(_cores, "_CGROUP_QUOTA", tmp_path / "cpu.max")
-    monkeypatch.setattr(_cores.os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
-    assert _cores.available_cores() == 2
-    (tmp_path / "cpu.max").write_text("150000 100000\n")
-    assert _cores.available_cores() == 1
 
 
 def test_the_real_model_speaks(smollm2: Path) -> None:

@@ -240,7 +240,7 @@ class _Parser:
 def write_header(handle: BinaryIO, fields: Sequence[Field], tensors: Iterable[TensorHead]) -> list[int]:
     """Writes magic, key-values and tensor table; pads to the data section. Returns the tensors' absolute offsets.
 
-    The caller writes each tensor's bytes at its offset (with ``pad_to``); the alignment is the fields' own.
+    The caller writes each tensor's bytes at its offset; the alignment is the fields' own.
     """
     alignment = next((f.value for f in fields if f.key == "general.alignment"), DEFAULT_ALIGNMENT)
     tensors = list(tensors)
@@ -255,13 +255,8 @@ def write_header(handle: BinaryIO, fields: Sequence[Field], tensors: Iterable[Te
         offset = -(-(offset + tensor.n_bytes) // alignment) * alignment
     handle.write(b"".join(parts))
     data_start = -(-handle.tell() // alignment) * alignment
-    pad_to(handle, data_start)
+    handle.write(b"\0" * (data_start - handle.tell()))
     return [data_start + o for o in offsets]
-
-
-def pad_to(handle: BinaryIO, position: int) -> None:
-    """Zero bytes up to ``position``."""
-    handle.write(b"\0" * (position - handle.tell()))
 
 
 def _string(text: str) -> bytes:

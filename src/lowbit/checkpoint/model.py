@@ -18,7 +18,7 @@ from lowbit.checkpoint.families.base import Family, TensorSpec
 from lowbit.checkpoint.gguf_file import Field, GgufFile
 from lowbit.checkpoint.resolve import resolve
 from lowbit.checkpoint.safetensors_file import SafetensorsFile
-from lowbit.checkpoint.tensor_file import Entry, n_rows, pick_rows
+from lowbit.checkpoint.tensor_file import Entry, TensorFile, n_rows, pick_rows
 from lowbit.errors import BadConfig, BadFile, LowbitError, NotFound, Unsupported
 from lowbit.grid.base import Blocks
 
@@ -69,8 +69,15 @@ class Checkpoint:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def files(self) -> tuple[TensorFile, ...]:
+        """The open files that the tensors are in."""
+        raise NotImplementedError
+
     def close(self) -> None:
         """Lets go of the files."""
+        for file in self.files:
+            file.close()
 
     def __contains__(self, name: object) -> bool:
         return name in self.specs
@@ -189,8 +196,9 @@ class GgufCheckpoint(Checkpoint):
         dtype = self._file.entries[spec.gguf_name].dtype
         return _info(spec, dtype, _grid_of(dtype))
 
-    def close(self) -> None:
-        self._file.close()
+    @property
+    def files(self) -> tuple[TensorFile, ...]:
+        return (self._file,)
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         spec = self._spec(name)
@@ -313,10 +321,10 @@ class FolderCheckpoint(Checkpoint):
             return _info(spec, self._scheme.grid(self._files, stored), self._scheme.block_grid())
         return _info(spec, self._files[stored].entries[stored].dtype, self._grids.get(name))
 
-    def close(self) -> None:
-        for file in (*set(self._files.values()), self._blocks, self._metadata):
-            if file is not None:
-                file.close()
+    @property
+    def files(self) -> tuple[TensorFile, ...]:
+        shards = {file.path.name: file for file in self._files.values()}
+        return (*(shards[name] for name in sorted(shards)), *filter(None, (self._blocks, self._metadata)))
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         spec = self._spec(name)

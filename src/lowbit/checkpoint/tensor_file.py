@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from lowbit.errors import BadFile
+from lowbit.files import read_at
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,6 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._handle = open(path, "rb", buffering=0)  # noqa: SIM115 - close() and the finalizer close it
-        self._lock = threading.Lock()
         self.close = weakref.finalize(self, self._handle.close)
 
     @functools.cached_property
@@ -58,12 +57,13 @@ class TensorFile:
         if not 0 <= start <= stop <= entry.n_bytes:
             raise ValueError(f"{name}: bytes {start} to {stop} of {entry.n_bytes}")
         out = np.empty(stop - start, np.uint8)
-        done = 0
-        while done < out.size:
-            got = self._read_into(out[done:], entry.start + start + done)
-            if not got:
-                raise BadFile("the file was shortened while it was read", where=f"{self.path}: {name}")
-            done += got
+        try:
+            done = read_at(self._handle, out.data, entry.start + start)
+        except OSError as error:
+            where = f"{self.path}: {name}"
+            raise BadFile(f"cannot be read: {error.strerror or error}", where=where) from error
+        if done < out.size:
+            raise BadFile("the file was shortened while it was read", where=f"{self.path}: {name}")
         return out
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
@@ -72,12 +72,11 @@ class TensorFile:
         row = entry.n_bytes // max(1, n_rows(entry.shape))
         return self.read(name, start * row, stop * row).reshape(stop - start, row)
 
-    def _read_into(self, out: np.ndarray, at: int) -> int:
-        if hasattr(os, "preadv"):
-            return os.preadv(self._handle.fileno(), [out.data], at)
-        with self._lock:  # Windows has one position a file
-            self._handle.seek(at)
-            return self._handle.readinto(out.data) or 0
+    @property
+    def identity(self) -> list[object]:
+        """JSON that is another when the file is another, or was written since."""
+        stat = os.fstat(self._handle.fileno())
+        return [self.path.name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def n_rows(shape: tuple[int, ...]) -> int:

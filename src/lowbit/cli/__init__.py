@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if debug:
             raise
-        resumable = verb in ("ship", "train")
+        resumable = verb in ("ship", "train") or (verb == "pack" and "--verify" not in words)
         return _fail("interrupted" + ("; the same command goes on from here" if resumable else ""), INTERRUPTED)
     except LowbitError as error:
         if debug:

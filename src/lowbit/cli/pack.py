@@ -8,6 +8,7 @@ import argparse
 import sys
 
 from lowbit.cli import output
+from lowbit.cli.training import positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--verify", metavar="ARTIFACT", help="write nothing; prove this GGUF or folder against --source"
     )
     parser.add_argument("--source", metavar="CHECKPOINT", help="with --verify: what it was made from")
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: one a core)")
     parser.add_argument("--json", metavar="FILE", help="write the certificate to FILE too; - is standard output")
 
 
@@ -74,7 +76,15 @@ def _pack(args: argparse.Namespace) -> int:
     from lowbit.units import format_bytes
 
     with output.results_only():
-        packed = pack(args.checkpoint, args.recipe, args.out, to=args.to, naive=args.naive, certificate=True)
+        packed = pack(
+            args.checkpoint,
+            args.recipe,
+            args.out,
+            to=args.to,
+            naive=args.naive,
+            certificate=True,
+            threads=args.threads,
+        )
     assert packed.certificate is not None
     bits = inspect(packed.path)["bits_per_weight"]
     if not console.is_quiet():
@@ -93,7 +103,7 @@ def _verify(args: argparse.Namespace) -> int:
     from lowbit.pack import verify
 
     with output.results_only():
-        proved = verify(args.verify, args.source)
+        proved = verify(args.verify, args.source, threads=args.threads)
     if args.json:
         output.write_result(proved.to_json(), args.json)
     if args.json != "-":

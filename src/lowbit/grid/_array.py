@@ -104,7 +104,9 @@ def inverse_of(d: Array) -> Array:
 def extremes(blocks: Array) -> tuple[Array, Array]:
     """Least and greatest of each block; (..., n_blocks) both. Raises BadFile where a block has NaN or Inf."""
     if isinstance(blocks, np.ndarray):
-        low, high = blocks.min(-1), blocks.max(-1)
+        # numpy reduces many short rows several times slower than the few long ones of the transposed.
+        columns = np.ascontiguousarray(np.moveaxis(blocks, -1, 0))
+        low, high = columns.min(0), columns.max(0)
     else:
         low, high = blocks.amin(-1), blocks.amax(-1)
     # Both reductions carry a NaN through, so the blocks' extremes tell whether all of x is finite.

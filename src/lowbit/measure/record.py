@@ -49,7 +49,7 @@ def repeated(values: list[float], unit: str) -> Figure:
 
 def machine() -> dict[str, Any]:
     """Where it was measured: processor, physical cores, memory, operating system, versions of what computed."""
-    from lowbit.run._cores import available_cores
+    from lowbit.threads import available_cores
 
     return {
         "cpu": _cpu_name(),

@@ -15,7 +15,8 @@ from lowbit import recipe as recipes
 from lowbit.checkpoint import Checkpoint, open_checkpoint
 from lowbit.pack import certificate as certificates
 from lowbit.pack import containers
-from lowbit.pack.certificate import Certificate, TensorProof, verify
+from lowbit.pack.certificate import Certificate, verify
+from lowbit.pack.proof import TensorProof
 from lowbit.recipe import Recipe
 
 __all__ = ["Certificate", "PackResult", "TensorProof", "pack", "verify"]
@@ -41,6 +42,7 @@ def pack(
     to: str | None = None,
     naive: bool = False,
     certificate: bool = False,
+    threads: int | None = None,
 ) -> PackResult:
     """Writes ``checkpoint`` as an artifact whose tensors lie on the grids that ``recipe`` assigns.
 
@@ -52,14 +54,16 @@ def pack(
     where the checkpoint holds codes and scales of its own.
     certificate: reads the artifact again before it takes its name, and writes OUT.certificate.json beside a file, or
     certificate.json into a folder: what of it is proved to be the source, bit for bit. ``lowbit pack`` always does.
+    threads: how many work at it; by default as many as there are cores for this process. The bytes do not depend on it.
 
-    A tensor is in memory at a time, and the artifact takes its name only when it is whole.
-    Raises BadFile (NaN or Inf in a tensor), BadOption (the container does not have the recipe's format), Unsupported
-    (tokenizer, row length), CannotWrite.
+    Some rows of a tensor are in memory at a time, and the artifact takes its name only when it is whole. Interrupted or
+    killed, the same call goes on with a GGUF from the last whole tensor (see ``partial``); a folder begins anew.
+    Raises BadFile (NaN or Inf in a tensor), Unsupported (tokenizer, row length), CannotWrite, and BadOption where the
+    container does not have the recipe's format or another process writes ``out``.
     """
     if not isinstance(checkpoint, Checkpoint):
         with open_checkpoint(checkpoint) as opened:
-            return pack(opened, recipe, out, to=to, naive=naive, certificate=certificate)
+            return pack(opened, recipe, out, to=to, naive=naive, certificate=certificate, threads=threads)
     if recipe is None:
         recipe = containers.choose(to, None).RECIPE
     if recipe == "source":
@@ -73,12 +77,14 @@ def pack(
     proved: list[Certificate] = []
 
     def prove(whole: Path) -> None:
-        proved.append(certificates.prove(whole, checkpoint, final=out))
+        proved.append(certificates.prove(whole, checkpoint, final=out, threads=threads))
         # Before the file itself: a certificate without its file says so by its hash, a file without one says nothing.
         beside = certificates.path_beside(whole if whole.is_dir() else out)
         files.write_json(beside, proved[0].to_json())
 
-    size = container.write(checkpoint, types, out, file_type=name, naive=naive, check=prove if certificate else None)
+    size = container.write(
+        checkpoint, types, out, file_type=name, naive=naive, threads=threads, check=prove if certificate else None
+    )
     if not certificate and not out.is_dir():  # an earlier file's would be of another file now
         certificates.path_beside(out).unlink(missing_ok=True)
     return PackResult(

@@ -6,56 +6,26 @@ Every tensor of the source is read again, every block of the artifact is decoded
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
-import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from gguf.constants import GGMLQuantizationType
-
-from lowbit import console, files
-from lowbit import grid as grids
+from lowbit import files
 from lowbit.checkpoint import Checkpoint, open_checkpoint
 from lowbit.checkpoint.families.base import TensorSpec
 from lowbit.checkpoint.gguf_file import GgufFile
 from lowbit.checkpoint.model import read_json
-from lowbit.errors import BadFile, LowbitError, NotFound, Unsupported
-from lowbit.grid.base import Grid
-from lowbit.pack import folder_proof, identify, lattice, model_folder
-from lowbit.pack.gguf_container import file_values, precision_of
+from lowbit.errors import BadFile, NotFound, Unsupported
+from lowbit.pack import model_folder
+from lowbit.pack.proof import FolderTensor, GgufTensor, Tensor, TensorProof, prove_tensors
+from lowbit.threads import available_cores, in_order, keep_freed_memory
 
 FORMAT = "lowbit-certificate/1"
 SUFFIX = ".certificate.json"
-_SLICE_WEIGHTS = 1 << 20  # decoded and compared at a time
-_FLOATS = ("BF16", "F16", "F32")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorProof:
-    """What is proved of one tensor.
-
-    name: Hugging Face's; of a tensor that only the artifact has, GGUF's. type: the artifact's, 'q4_0'. source_dtype: as
-    the source stores it; rounded_to: the dtype in which the two are compared ('BF16' also for F32 that holds nothing
-    finer). grid: the lattice that the source's values sit on, found in a sample of rows; 'none'; None for a vector.
-    blocks = exact + within_scale_rounding + off_lattice, counted in the artifact's own blocks; a tensor of floats is
-    counted in rows. max_error: the largest |artifact - source| of a weight in the blocks that are not exact.
-    note: why a tensor was not compared; its blocks are 0 then.
-    """
-
-    name: str
-    type: str
-    source_dtype: str | None = None
-    rounded_to: str | None = None
-    grid: str | None = None
-    blocks: int = 0
-    exact: int = 0
-    within_scale_rounding: int = 0
-    off_lattice: int = 0
-    max_error: float = 0.0
-    note: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +67,11 @@ def path_beside(artifact: str | Path) -> Path:
     return path.with_name(path.name + SUFFIX)
 
 
-def verify(artifact: str | Path, source: Checkpoint | str | Path) -> Certificate:
+def verify(artifact: str | Path, source: Checkpoint | str | Path, *, threads: int | None = None) -> Certificate:
     """Proves a GGUF or a folder (MLX, compressed-tensors), made by whatever program, against the checkpoint that it was
     made from. Writes nothing.
+
+    threads: how many work at it; by default as many as there are cores for this process.
 
     A certificate that lies beside the artifact must be the artifact's own and, where it is of the same source, say
     the same. Raises NotFound, Unsupported, or BadFile: not a GGUF or truncated, of another model, with NaN or Inf, or a
@@ -107,15 +79,13 @@ def verify(artifact: str | Path, source: Checkpoint | str | Path) -> Certificate
     """
     if not isinstance(source, Checkpoint):
         with open_checkpoint(source) as opened:
-            return verify(artifact, opened)
+            return verify(artifact, opened, threads=threads)
     path = Path(artifact)
     if not path.exists():
         raise NotFound("no such file", where=path, expected="a GGUF, or a folder")
-    (_open_folder if path.is_dir() else _open)(
-        path, source
-    ).close()  # a damaged file is to be called that, and not another than its certificate's
+    _open(path, source).close()  # a damaged file is to be called that, and not another than its certificate's
     stated = _stated(path)
-    proved = prove(path, source)
+    proved = prove(path, source, threads=threads)
     if stated and stated.get("source_sha256") == proved.source_sha256 and stated.get("totals") != proved.totals:
         raise BadFile(
             "the certificate does not say what is so",
@@ -124,83 +94,69 @@ def verify(artifact: str | Path, source: Checkpoint | str | Path) -> Certificate
     return proved
 
 
-def prove(artifact: Path, source: Checkpoint, *, final: Path | None = None) -> Certificate:
+def prove(artifact: Path, source: Checkpoint, *, final: Path | None = None, threads: int | None = None) -> Certificate:
     """The certificate of the file or folder ``artifact``, which will be called ``final``.
 
     Raises BadFile and Unsupported.
     """
-    if artifact.is_dir():
-        return _prove_folder(artifact, source, final or artifact)
-    file, label = _open(artifact, source), final or artifact
-    specs = tuple(source.specs.values())
-    tensors = []
-    with console.progress("Proving", source.n_weights) as bar:
-        done = 0
-        for spec in specs:
-            tensors.append(_prove_tensor(file, source, spec, f"{label}: {spec.gguf_name}"))
-            done += math.prod(spec.shape)
-            bar.update(done)
-    known = {spec.gguf_name for spec in specs} | set(source.family.computed(source.config))
-    for extra in sorted(set(file.entries) - known):
-        dtype = file.entries[extra].dtype.lower()
-        tensors.append(TensorProof(name=_utf8(extra), type=dtype, note="the source has no such tensor"))
+    keep_freed_memory()
+    label, threads = final or artifact, threads or available_cores()
+    with contextlib.closing(_open(artifact, source)) as opened:
+        tensors = prove_tensors(_tensors(opened, source, str(label)), source.n_weights, threads)
+        tensors += [
+            TensorProof(name=_utf8(name), type=kind.lower(), note="the source has no such tensor")
+            for name, kind in _extra(opened, source)
+        ]
+    hashes = _sha256((*_hashed(artifact), *_source_files(source)), threads)
+    n_own = len(_hashed(artifact))
     return Certificate(
         source=_utf8(source.name),
         artifact=_utf8(label.name),
-        source_sha256=source_sha256(source),
-        artifact_sha256=files.sha256(artifact),
+        source_sha256=_joined(_source_files(source), hashes[n_own:]),
+        artifact_sha256=_joined(_hashed(artifact), hashes[:n_own]),
         tensors=tuple(tensors),
     )
 
 
-def _prove_folder(artifact: Path, source: Checkpoint, final: Path) -> Certificate:
-    tensors, done = [], 0
-    with _open_folder(artifact, source) as folder, console.progress("Proving", source.n_weights) as bar:
-        for spec in source.specs.values():
-            found, info = folder_proof.count(folder, source, spec), source.info(spec.name)
-            on = None
-            if len(spec.shape) > 1:
-                rows = identify.sample(spec.n_rows, spec.shape[-1])
-                sampled = np.concatenate([source.read_rows(spec.name, row, row + 1) for row in rows])
-                on = identify.describe(sampled, info.dtype) if info.dtype in _FLOATS else f"stored as {info.dtype}"
-            off, within, exact = (int(n) for n in found.counts)
-            tensors.append(
-                TensorProof(
-                    name=spec.name, type=found.type, source_dtype=info.dtype, rounded_to=found.rounded_to, grid=on,
-                    blocks=off + within + exact, exact=exact, within_scale_rounding=within, off_lattice=off,
-                    max_error=found.max_error,
-                )
-            )  # fmt: skip
-            done += math.prod(spec.shape)
-            bar.update(done)
-        extra = [TensorProof(name=name, type=folder.info(name).dtype.lower(), note="the source has no such tensor")
-                 for name in folder.names if name not in source]  # fmt: skip
-    return Certificate(
-        source=_utf8(source.name),
-        artifact=_utf8(final.name),
-        source_sha256=source_sha256(source),
-        artifact_sha256=artifact_sha256(artifact),
-        tensors=(*tensors, *extra),
-    )
+def _tensors(opened: GgufFile | Checkpoint, source: Checkpoint, label: str) -> list[Tensor]:
+    if isinstance(opened, Checkpoint):
+        return [FolderTensor(opened, source, spec, label) for spec in source.specs.values()]
+    return [GgufTensor(opened, source, spec, label) for spec in source.specs.values()]
 
 
-def source_sha256(source: Checkpoint) -> str:
+def _extra(opened: GgufFile | Checkpoint, source: Checkpoint) -> list[tuple[str, str]]:
+    """Name and type of the tensors that only the artifact has."""
+    if isinstance(opened, Checkpoint):
+        return [(name, opened.info(name).dtype) for name in opened.names if name not in source]
+    known = {spec.gguf_name for spec in source.specs.values()} | set(source.family.computed(source.config))
+    return [(name, opened.entries[name].dtype) for name in sorted(set(opened.entries) - known)]
+
+
+def source_sha256(source: Checkpoint, *, threads: int | None = None) -> str:
     """SHA-256 of the source's one file; of several, that of the text `sha256sum *.safetensors` prints in the folder."""
-    if source.path.is_file():
-        return files.sha256(source.path)
-    paths = sorted(source.path.glob("*.safetensors"))
-    return files.sha256(paths[0]) if len(paths) == 1 else _sha256_of_listing(paths)
+    return _joined(_source_files(source), _sha256(_source_files(source), threads or available_cores()))
 
 
-def artifact_sha256(artifact: Path) -> str:
-    """SHA-256 of the artifact's file; of a folder, that of what `sha256sum config.json *.safetensors` prints in it."""
+def _source_files(source: Checkpoint) -> list[Path]:
+    return [source.path] if source.path.is_file() else sorted(source.path.glob("*.safetensors"))
+
+
+def _hashed(artifact: Path) -> list[Path]:
+    """The files whose hash is the artifact's; of a folder config.json too, as it says what the codes mean."""
     if artifact.is_file():
-        return files.sha256(artifact)
-    return _sha256_of_listing([artifact / "config.json", *sorted(artifact.glob("*.safetensors"))])
+        return [artifact]
+    return [artifact / "config.json", *sorted(artifact.glob("*.safetensors"))]
 
 
-def _sha256_of_listing(paths: list[Path]) -> str:
-    listing = "".join(f"{files.sha256(path)}  {path.name}\n" for path in paths)
+def _sha256(paths: Iterable[Path], threads: int) -> list[str]:
+    return list(in_order((functools.partial(files.sha256, path) for path in paths), threads))
+
+
+def _joined(paths: list[Path], hashes: list[str]) -> str:
+    """The hash of the one file; of several, that of the text `sha256sum` prints of them."""
+    if len(hashes) == 1:
+        return hashes[0]
+    listing = "".join(f"{digest}  {path.name}\n" for digest, path in zip(hashes, paths, strict=True))
     return hashlib.sha256(listing.encode()).hexdigest()
 
 
@@ -212,7 +168,7 @@ def _stated(artifact: Path) -> dict[str, Any] | None:
     stated = read_json(path, BadFile)
     if stated.get("format") != FORMAT:
         raise BadFile("not a certificate", where=path, found=str(stated.get("format"))[:40], expected=FORMAT)
-    found = artifact_sha256(artifact)
+    found = _joined(_hashed(artifact), _sha256(_hashed(artifact), available_cores()))
     if stated.get("artifact_sha256") != found:
         raise BadFile(
             "the certificate is of another file, or the file was changed since",
@@ -222,19 +178,25 @@ def _stated(artifact: Path) -> dict[str, Any] | None:
     return stated
 
 
+def _open(artifact: Path, source: Checkpoint) -> GgufFile | Checkpoint:
+    """The artifact, which has every tensor of the source in its shape. Raises NotFound, Unsupported, BadFile."""
+    return _open_folder(artifact, source) if artifact.is_dir() else _open_gguf(artifact, source)
+
+
 def _open_folder(artifact: Path, source: Checkpoint) -> Checkpoint:
     if not (artifact / "config.json").is_file():
         raise BadFile("not a model folder", where=artifact, expected="config.json")
     folder = open_checkpoint(artifact)
     try:
-        folder_proof.check(folder, source)
+        shapes = {name: spec.shape for name, spec in folder.specs.items()}
+        _check(artifact, folder.family.arch, {spec.name: spec for spec in source.specs.values()}, shapes, source)
     except BaseException:
         folder.close()
         raise
     return folder
 
 
-def _open(artifact: Path, source: Checkpoint) -> GgufFile:
+def _open_gguf(artifact: Path, source: Checkpoint) -> GgufFile:
     try:
         file = GgufFile(artifact)
     except OSError as error:
@@ -242,82 +204,31 @@ def _open(artifact: Path, source: Checkpoint) -> GgufFile:
     if file.values.get("split.count", 0) not in (0, 1):
         hint = "Join the parts with llama-gguf-split --merge"
         raise Unsupported("a GGUF split into several files", where=artifact, hint=hint)
-    arch = file.values.get("general.architecture")
-    if arch != source.family.arch:
-        raise BadFile("not the source's model", where=artifact, found=str(arch)[:40], expected=source.family.arch)
-    for spec in source.specs.values():
-        entry, where = file.entries.get(spec.gguf_name), f"{artifact}: {spec.gguf_name}"
-        if entry is None:
-            raise BadFile("a tensor of the source is missing", where=where, hint="Is it made from this source?")
-        if entry.shape != spec.shape:
-            hint = "Is it made from this source?"
-            raise BadFile(
-                "not the source's shape", where=where, found=list(entry.shape), expected=list(spec.shape), hint=hint
-            )
+    shapes = {name: entry.shape for name, entry in file.entries.items()}
+    named = {spec.gguf_name: spec for spec in source.specs.values()}
+    _check(artifact, file.values.get("general.architecture"), named, shapes, source)
     return file
 
 
-def _prove_tensor(file: GgufFile, source: Checkpoint, spec: TensorSpec, where: str) -> TensorProof:
-    entry, info = file.entries[spec.gguf_name], source.info(spec.name)
-    try:
-        grid = grids.by_ggml_type(GGMLQuantizationType[entry.dtype])
-    except LowbitError:
-        kind = entry.dtype.lower()
-        return TensorProof(
-            name=spec.name, type=kind, source_dtype=info.dtype, note=f"lowbit cannot decode {kind}: not compared"
-        )
-    values = file_values(source, spec)
-    dtype = precision_of(source, spec, values)
-    counts, max_error = np.zeros(3, np.int64), 0.0
-    raw = file.raw(spec.gguf_name).reshape(len(values), -1)
-    for part in _row_slices(values):
-        status, error = _compare(values[part], raw[part], grid, dtype, where)
-        counts += np.bincount(status.reshape(-1), minlength=3)
-        max_error = max(max_error, error)
-    return TensorProof(
-        name=spec.name,
-        type=grid.name,
-        source_dtype=info.dtype,
-        rounded_to=dtype,
-        grid=_lattice_of(values, info.dtype) if len(spec.shape) > 1 else None,
-        blocks=int(counts.sum()),
-        exact=int(counts[lattice.EXACT]),
-        within_scale_rounding=int(counts[lattice.WITHIN_SCALE_ROUNDING]),
-        off_lattice=int(counts[lattice.OFF_LATTICE]),
-        max_error=max_error,
-    )
-
-
-def _compare(values: np.ndarray, raw: np.ndarray, grid: Grid, dtype: str, where: str) -> tuple[np.ndarray, float]:
-    """Statuses (rows, n_blocks) of stored bytes (rows, row_bytes), and the largest error outside of exact blocks."""
-    blocks = grid.unpack(raw)
-    if blocks.scales is not None:
-        grids.check_finite(blocks.scales, where)
-    stored = grid.dequantize(blocks)
-    grids.check_finite(stored, where)
-    if grid.has_scales:
-        status = lattice.judge(values, blocks, dtype)
-    else:
-        size = grid.block_size if grid.block_size > 1 else values.shape[1]
-        same = (lattice.round_to(stored, dtype) == values).reshape(len(values), -1, size).all(-1)
-        status = np.where(same, lattice.EXACT, lattice.OFF_LATTICE)
-    wrong = status != lattice.EXACT
-    if not wrong.any():
-        return status, 0.0
-    shape = (*status.shape, -1)
-    differences = stored.reshape(shape)[wrong].astype(np.float64) - values.reshape(shape)[wrong]
-    return status, float(np.abs(differences).max())
-
-
-def _row_slices(values: np.ndarray) -> Iterator[slice]:
-    step = max(1, _SLICE_WEIGHTS // values.shape[1])
-    return (slice(start, start + step) for start in range(0, len(values), step))
-
-
-def _lattice_of(values: np.ndarray, dtype: str) -> str:
-    if dtype not in _FLOATS:
-        return f"stored as {dtype.lower()}"
-    return identify.describe(values[identify.sample(*values.shape)], dtype)
+def _check(
+    artifact: Path,
+    arch: object,
+    expected: Mapping[str, TensorSpec],
+    shapes: Mapping[str, tuple[int, ...]],
+    source: Checkpoint,
+) -> None:
+    """Raises BadFile where the artifact is of another model. expected: the source's tensors by the artifact's names."""
+    if arch != source.family.arch:
+        raise BadFile("not the source's model", where=artifact, found=str(arch)[:40], expected=source.family.arch)
+    hint = "Is it made from this source?"
+    for name, spec in expected.items():
+        found, where = shapes.get(name), f"{artifact}: {name}"
+        if found is None:
+            raise BadFile("a tensor of the source is missing", where=where, hint=hint)
+        if found != spec.shape:
+            raise BadFile(
+                "not the source's shape", where=where, found=list(found), expected=list(spec.shape), hint=hint
+            )
 
 
 def _utf8(name: str) -> str:

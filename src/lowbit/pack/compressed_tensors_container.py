@@ -21,6 +21,7 @@ from lowbit.grid._int4 import Int4
 from lowbit.grid.base import Blocks
 from lowbit.pack import lattice, model_folder
 from lowbit.pack.model_folder import Part
+from lowbit.pack.rows import plain_precision_of, plain_rows
 
 RECIPE = "int4_g32"
 _FLOATS = ("f32", "f16", "bf16")
@@ -37,6 +38,7 @@ def write(
     *,
     file_type: str,
     naive: bool,
+    threads: int | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> int:
     """See containers.Container. Tensors on 'f32' lie in 16 bits where nothing of them is lost."""
@@ -54,7 +56,10 @@ def write(
         if spec.name not in quantized:
             yield model_folder.float_part(checkpoint, spec, types[spec.name], preferred)
             return
-        yield from _parts(checkpoint, spec, quantized[spec.name], preferred, naive=naive)
+        grid = quantized[spec.name]
+        yield from _parts(
+            spec, grid, _coded(checkpoint, spec, grid, preferred, naive=naive, threads=threads), preferred
+        )
 
     return model_folder.write(
         checkpoint,
@@ -99,23 +104,31 @@ def _names(spec: TensorSpec) -> tuple[str, str, str]:
     return f"{spec.name}_packed", f"{spec.name}_scale", f"{spec.name}_shape"
 
 
-def _parts(checkpoint: Checkpoint, spec: TensorSpec, grid: Int4, preferred: str, *, naive: bool) -> Iterator[Part]:
+def _coded(
+    checkpoint: Checkpoint, spec: TensorSpec, grid: Int4, preferred: str, *, naive: bool, threads: int | None
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The matrix in slices of rows: the codes' bytes, and float32 scales (rows, n_groups)."""
     own = not naive and _own_codes(checkpoint, spec, grid, 0, 1) is not None
-    dtype = "F32" if own or naive else model_folder.precision_of(checkpoint, spec)
-    words, scales = [], []
-    for start, stop in model_folder.slices(spec):
+    dtype = "F32" if own or naive else plain_precision_of(checkpoint, spec)
+
+    def encode(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         blocks = _own_codes(checkpoint, spec, grid, start, stop) if own else None
         if blocks is None:
-            rows = model_folder.values(checkpoint, spec, start, stop)
+            rows = plain_rows(checkpoint, spec, start, stop)
             blocks = grid.quantize(rows, preferred) if naive else _recovered(rows, grid, dtype, preferred)
         assert blocks.scales is not None
         grids.check_finite(blocks.scales, f"{checkpoint.path}: {spec.name}")
-        words.append(grid.pack_codes(blocks.codes))
-        scales.append(blocks.scales.astype(np.float32))
+        return grid.pack_codes(blocks.codes), blocks.scales.astype(np.float32)
+
+    return model_folder.each_slice(spec, encode, threads)
+
+
+def _parts(spec: TensorSpec, grid: Int4, found: list[tuple[np.ndarray, np.ndarray]], preferred: str) -> Iterator[Part]:
+    scales = [part for _, part in found]
     stored = model_folder.scale_dtype(scales, [], preferred)
     packed, scale, shape = _names(spec)
     n_rows, n = spec.shape
-    yield Part(name=packed, dtype="I32", shape=(n_rows, n // 8), arrays=words)
+    yield Part(name=packed, dtype="I32", shape=(n_rows, n // 8), arrays=[words for words, _ in found])
     arrays = [model_folder.as_bytes(part, stored) for part in scales]
     yield Part(name=scale, dtype=stored, shape=(n_rows, n // grid.block_size), arrays=arrays)
     yield Part(name=shape, dtype="I64", shape=(2,), arrays=[np.array(spec.shape, "<i8")])

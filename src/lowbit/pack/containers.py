@@ -1,7 +1,7 @@
 """The containers that a checkpoint can be packed into, one file each: a new ``NAME_container.py`` here is a new one.
 
 A container file defines ``RECIPE`` (the name of the recipe that it packs by if none is asked for), ``holds(grid_name)``
-and ``write(checkpoint, types, out, *, file_type, naive, check)``; see gguf_container.
+and ``write(checkpoint, types, out, *, file_type, naive, threads, check)``; see gguf_container.
 """
 
 from __future__ import annotations
@@ -36,11 +36,13 @@ class Container(Protocol):
         *,
         file_type: str,
         naive: bool,
+        threads: int | None = None,
         check: Callable[[Path], None] | None = None,
     ) -> int:
         """Writes the artifact whole or not at all, and returns its size in bytes.
 
         types: grid name by tensor name. file_type: the recipe's name. naive: every tensor is rounded from its values.
+        threads: how many work at it, by default as many as there are cores; the bytes do not depend on it.
         check: is given the whole artifact before it takes its name, and may refuse it by raising.
         """
 

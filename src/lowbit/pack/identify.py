@@ -89,7 +89,8 @@ def _units(values: np.ndarray, blocks: Blocks, fits: np.ndarray) -> tuple[np.nda
     """
     codes = blocks.codes.reshape(-1, blocks.codes.shape[-1])
     divisor = np.gcd.reduce(codes.astype(np.int64), axis=-1)
-    scale = np.abs(lattice.least_squares(values.reshape(codes.shape), codes.astype(np.float32))).astype(np.float64)
+    w = values.reshape(codes.shape).T
+    scale = np.abs(lattice.least_squares(w, codes.T.astype(np.float32))).astype(np.float64)
     largest = np.abs(codes.astype(np.int64)).max(-1) // np.maximum(divisor, 1)
     unit = np.where(fits.reshape(-1), scale * divisor, np.inf)
     return unit.reshape(fits.shape), largest.reshape(fits.shape)

@@ -22,6 +22,7 @@ from lowbit.grid._mlx_affine import MlxAffine
 from lowbit.grid.base import Blocks
 from lowbit.pack import lattice, model_folder
 from lowbit.pack.model_folder import Part
+from lowbit.pack.rows import plain_precision_of, plain_rows
 
 RECIPE = "mlx_affine4_g32"
 _FLOATS = ("f32", "f16", "bf16")
@@ -38,6 +39,7 @@ def write(
     *,
     file_type: str,
     naive: bool,
+    threads: int | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> int:
     """See containers.Container. Vectors and other tensors on 'f32' lie in 16 bits where nothing of them is lost."""
@@ -49,7 +51,8 @@ def write(
         if spec.name not in quantized:
             yield model_folder.float_part(checkpoint, spec, types[spec.name], preferred)
             return
-        yield from _parts(spec, *_coded(checkpoint, spec, quantized[spec.name], naive=naive), preferred)
+        grid = quantized[spec.name]
+        yield from _parts(spec, grid, _coded(checkpoint, spec, grid, naive=naive, threads=threads), preferred)
 
     return model_folder.write(
         checkpoint,
@@ -106,25 +109,27 @@ class _Group:
     exact: np.ndarray
 
 
-def _coded(checkpoint: Checkpoint, spec: TensorSpec, grid: MlxAffine, *, naive: bool) -> tuple[MlxAffine, list[_Group]]:
+def _coded(
+    checkpoint: Checkpoint, spec: TensorSpec, grid: MlxAffine, *, naive: bool, threads: int | None
+) -> list[_Group]:
     """The matrix in slices of rows: the source's own codes, those found again in its values, or MLX's rounding."""
     own = not naive and _as_affine(checkpoint, spec, grid, 0, 1) is not None
-    dtype = "F32" if own or naive else model_folder.precision_of(checkpoint, spec)
-    found = []
-    for start, stop in model_folder.slices(spec):
+    dtype = "F32" if own or naive else plain_precision_of(checkpoint, spec)
+
+    def encode(start: int, stop: int) -> _Group:
         blocks = _as_affine(checkpoint, spec, grid, start, stop) if own else None
         if blocks is not None:
             grids.check_finite(blocks.scales, f"{checkpoint.path}: {spec.name}")
             grids.check_finite(blocks.mins, f"{checkpoint.path}: {spec.name}")
             exact = np.ones(np.asarray(blocks.scales).shape, bool)
         else:
-            rows = model_folder.values(checkpoint, spec, start, stop)
-            blocks, exact = _rounded(rows, grid, dtype, naive=naive)
+            blocks, exact = _rounded(plain_rows(checkpoint, spec, start, stop), grid, dtype, naive=naive)
         words = grid.pack_codes(blocks.codes).reshape(len(exact), -1)
         assert blocks.scales is not None and blocks.mins is not None
         scales, mins = blocks.scales.astype(np.float32), blocks.mins.astype(np.float32)
-        found.append(_Group(words=words, scales=scales, mins=mins, exact=exact))
-    return grid, found
+        return _Group(words=words, scales=scales, mins=mins, exact=exact)
+
+    return model_folder.each_slice(spec, encode, threads)
 
 
 def _parts(spec: TensorSpec, grid: MlxAffine, found: list[_Group], preferred: str) -> Iterator[Part]:

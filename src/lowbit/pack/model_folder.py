@@ -6,10 +6,11 @@ F32; a scale that gives codes their exact values is stored in a dtype that holds
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -22,11 +23,15 @@ from lowbit.checkpoint.write import copy_side_files
 from lowbit.errors import NotFound
 from lowbit.files import replacing_folder, write_json
 from lowbit.pack import identify, lattice
+from lowbit.pack.rows import plain_rows, row_slices
+from lowbit.threads import available_cores, in_order, keep_freed_memory
+
+T = TypeVar("T")
 
 CERTIFICATE = "certificate.json"
 SHARD_BYTES = 5 * 10**9  # of a shard's tensors, as transformers and mlx-lm split them; a larger tensor is a shard
 CONFIG_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-_SLICE_WEIGHTS = 1 << 22  # weights read at a time: 16 MiB of float32
+SLICE_WEIGHTS = 1 << 20  # weights read at a time: 4 MiB of float32
 _SAMPLED = 4  # matrices that are looked at for the dtype of scales
 _WEIGHT_BYTES = 4  # at most, of any type
 
@@ -56,11 +61,12 @@ def write(
     names_of: the tensors that ``parts_of`` will give for one of the model's. written_by: the safetensors' ``format``.
     check: is given the whole folder before it takes its name.
     """
+    keep_freed_memory()
     with replacing_folder(out, marker=CERTIFICATE) as folder:
         shards = _shards(checkpoint.specs.values())
         weight_map: dict[str, str] = {}
-        size = written = 0
-        with console.progress("Packing", checkpoint.n_weights) as bar:
+        size = 0
+        with console.progress("Packing", checkpoint.n_weights, "weights") as bar:
             for file_name, specs in shards.items():
                 with open(folder / file_name, "wb") as handle:
                     names = [name for spec in specs for name in names_of(spec)]
@@ -69,8 +75,7 @@ def write(
                         for part in parts_of(spec):
                             writer.add_parts(part.name, part.shape, part.dtype, part.arrays)
                             weight_map[part.name] = file_name
-                        written += _n_weights(spec)
-                        bar.update(written)
+                        bar.advance(_n_weights(spec))
                     writer.finish()
                 size += (folder / file_name).stat().st_size
         if len(shards) > 1:
@@ -83,26 +88,10 @@ def write(
     return size
 
 
-def slices(spec: TensorSpec) -> Iterator[tuple[int, int]]:
-    """Ranges of rows that are worked on at a time."""
-    step = max(1, _SLICE_WEIGHTS // spec.shape[-1])
-    return ((start, min(start + step, spec.n_rows)) for start in range(0, spec.n_rows, step))
-
-
-def values(checkpoint: Checkpoint, spec: TensorSpec, start: int, stop: int) -> np.ndarray:
-    """Rows of a tensor, float32 (stop - start, n). Raises BadFile on NaN or Inf."""
-    rows = checkpoint.read_rows(spec.name, start, stop)
-    grids.check_finite(rows, f"{checkpoint.path}: {spec.name}")
-    return rows
-
-
-def precision_of(checkpoint: Checkpoint, spec: TensorSpec) -> str:
-    """What all of a tensor's values are rounded to: 'BF16', 'F16' or 'F32'. F32 tensors are read for it."""
-    dtype = checkpoint.info(spec.name).dtype
-    if dtype != "F32":
-        return lattice.precision(np.empty(0, np.float32), dtype)
-    each = (lattice.precision(checkpoint.read_rows(spec.name, *rows), dtype) for rows in slices(spec))
-    return "BF16" if all(found == "BF16" for found in each) else "F32"
+def each_slice(spec: TensorSpec, job: Callable[[int, int], T], threads: int | None) -> list[T]:
+    """``job(start, stop)`` of slices of a tensor's rows, several at a time; results in the order of the rows."""
+    jobs = (functools.partial(job, *rows) for rows in row_slices(spec, SLICE_WEIGHTS))
+    return list(in_order(jobs, threads or available_cores()))
 
 
 def float_part(checkpoint: Checkpoint, spec: TensorSpec, grid: str, preferred: str) -> Part:
@@ -110,7 +99,7 @@ def float_part(checkpoint: Checkpoint, spec: TensorSpec, grid: str, preferred: s
     their dtypes holds every number, ``preferred`` before the other."""
     dtype = grid.upper() if grid != "f32" else _narrowest(checkpoint, spec, preferred)
     chosen = grids.get(dtype.lower())
-    rows = (chosen.pack(chosen.quantize(values(checkpoint, spec, *r))) for r in slices(spec))
+    rows = (chosen.pack(chosen.quantize(plain_rows(checkpoint, spec, *r))) for r in row_slices(spec, SLICE_WEIGHTS))
     return Part(name=spec.name, dtype=dtype, shape=spec.shape, arrays=rows)
 
 
@@ -167,8 +156,8 @@ def _narrowest(checkpoint: Checkpoint, spec: TensorSpec, preferred: str) -> str:
     if dtype in ("BF16", "F16"):
         return dtype
     candidates = [preferred, *({"BF16", "F16"} - {preferred})]
-    for rows in slices(spec):
-        part = values(checkpoint, spec, *rows)
+    for rows in row_slices(spec, SLICE_WEIGHTS):
+        part = plain_rows(checkpoint, spec, *rows)
         candidates = [kind for kind in candidates if np.array_equal(round_to(part, kind), part)]
     return candidates[0] if candidates else "F32"
 

@@ -20,8 +20,8 @@ import numpy as np
 from lowbit.checkpoint.gguf_file import GgufFile
 from lowbit.errors import BadFile, BadOption, BadText, NotFound, RuntimeFailed
 from lowbit.run import _chat_template, _llama_h, _tokens, _trial
-from lowbit.run._cores import available_cores
 from lowbit.run._sampling import sample
+from lowbit.threads import available_cores
 from lowbit.units import MIB
 
 # Name -> ggml_type of the KV cache types that llama.cpp's own --cache-type-k takes.
