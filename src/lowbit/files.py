@@ -65,12 +65,17 @@ def replacing_folder(path: str | os.PathLike[str], *, marker: str) -> Iterator[P
                 os.fsync(handle.fileno())
         if final.exists():
             final.replace(replaced)
-        partial.replace(final)
+        try:
+            partial.replace(final)
+        except OSError:
+            if replaced.exists():
+                replaced.replace(final)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
         raise cannot_write(final, error) from error
     finally:
-        for leftover in (partial, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:

@@ -307,7 +307,7 @@ def test_pack_and_verify(qat: Make, tmp_path: Path) -> None:
         (["--source", "{model}", "{model}", "-o", "{new}"], "--source goes with --verify"),
         (["--verify", "{out}", "--source", "{model}", "-o", "{new}"], "--verify writes nothing"),
         (["--verify", "{out}", "--source", "{model}", "{model}"], "--verify writes nothing"),
-        (["--verify", "{model}", "--source", "{model}"], "no such file"),
+        (["--verify", "{new}", "--source", "{model}"], "no such file"),
         (["--verify", "{model}/config.json", "--source", "{model}"], "not a GGUF file"),
         (["--verify", "{out}", "--source", "{out}.none"], "no such model"),
         (["{model}"], "-o/--out"),
