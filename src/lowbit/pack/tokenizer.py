@@ -242,7 +242,7 @@ def _vocab(path: Path, tokenizer: Mapping[str, Any], vocab_size: int, *, spm: bo
 
 
 def _special_ids(settings: Mapping[str, Any], config: Mapping[str, Any], vocab: _Vocab) -> list[Field]:
-    fields = []
+    config, fields = config.get("text_config", config), []
     for ours, theirs in _SPECIAL_KEYS.items():
         named = settings.get(f"{ours}_token")
         content = named.get("content") if isinstance(named, dict) else named

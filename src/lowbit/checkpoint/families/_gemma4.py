@@ -38,6 +38,7 @@ _SIZES = (
 _EXPERTS = ("num_experts", "top_k_experts", "moe_intermediate_size")
 # A frequency divided by this much turns nothing: how GGUF spells the part of a head that is not rotated.
 _NEVER = 1e30
+_LLAMA_CPP_SOFTCAP = 30.0  # where a file does not say
 GGUF_KEYS = (
     "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
     "attention.head_count_kv", "attention.layer_norm_rms_epsilon", "attention.key_length", "attention.value_length",
@@ -295,8 +296,8 @@ def metadata(config: Mapping[str, Any], arch: str) -> list[Field]:
         uint(f"{arch}.rope.dimension_count", full_dim),
         uint(f"{arch}.rope.dimension_count_swa", config["head_dim"]),
     ]
-    if config.get("final_logit_softcapping") is not None:
-        fields.append(real(f"{arch}.final_logit_softcapping", config["final_logit_softcapping"]))
+    # Without the key llama.cpp caps at 30; 0 is how it is told not to.
+    fields.append(real(f"{arch}.final_logit_softcapping", config.get("final_logit_softcapping") or 0.0))
     if config["enable_moe_block"]:
         fields += [
             uint(f"{arch}.expert_count", config["num_experts"]),
@@ -327,7 +328,7 @@ def config_from_gguf(keys: Gguf, shapes: Mapping[str, tuple[int, ...]]) -> dict[
         "attention_bias": False,
         "attention_k_eq_v": any(f"blk.{i}.attn_v.weight" not in shapes for i in owners),
         "enable_moe_block": False,
-        "final_logit_softcapping": None,
+        "final_logit_softcapping": _softcap(keys),
         "global_head_dim": dims[FULL],
         "head_dim": dims[WINDOW],
         "hidden_activation": "gelu_pytorch_tanh",
@@ -360,8 +361,6 @@ def config_from_gguf(keys: Gguf, shapes: Mapping[str, tuple[int, ...]]) -> dict[
         "vocab_size_per_layer_input": vocab if per_layer else 0,
         **keys.token_ids(),
     }
-    if keys.get("final_logit_softcapping") is not None:
-        config["final_logit_softcapping"] = keys.number("final_logit_softcapping")
     if keys.count("expert_count"):
         config |= {"enable_moe_block": True, "num_experts": keys.size("expert_count")}
         config |= {"top_k_experts": keys.size("expert_used_count")}
@@ -373,6 +372,11 @@ def config_from_gguf(keys: Gguf, shapes: Mapping[str, tuple[int, ...]]) -> dict[
     ]:
         raise Unsupported("the layers' sizes follow no rule that Gemma 4 has", where=keys.where)
     return config
+
+
+def _softcap(keys: Gguf) -> float | None:
+    key = "final_logit_softcapping"
+    return None if keys.get(key) == 0 else keys.number(key, _LLAMA_CPP_SOFTCAP)
 
 
 def _check_dims(keys: Gguf, dims: Mapping[str, int]) -> None:
