@@ -243,9 +243,14 @@ def tiny_gemma4_assistant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
         shared = config_class.kv_sharing_modes.fget
 
         def modes(self: Any, shared: Callable[[Any], list[str | None]] = shared) -> list[str | None]:
-            # transformers 5.23 looks for layers that own what a drafter's all share, and finds none.
-            n = self.num_hidden_layers
-            return ["reuse"] * n if self.num_kv_shared_layers == n else shared(self)
+            # transformers 5.23 looks for layers that own what a drafter's all share, and finds none; and a target that
+            # shares nothing among its own layers does not keep keys and values for a drafter.
+            n, kinds = self.num_hidden_layers, self.layer_types
+            if self.num_kv_shared_layers == n:
+                return ["reuse"] * n
+            if self.num_kv_shared_layers == 0:
+                return ["store" if kind not in kinds[i + 1 :] else None for i, kind in enumerate(kinds)]
+            return shared(self)
 
         monkeypatch.setattr(config_class, "kv_sharing_modes", property(modes))
 
