@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -117,9 +118,7 @@ def as_gemma4(model: Any) -> None:
                 buffer.uniform_(0.7, 1.2)
 
 
-def save_tiny(
-    folder: Path, config: Any, *, tokenizer: bool = True, adjust: Callable[[Any], None] | None = None
-) -> Any:
+def save_tiny(folder: Path, config: Any, *, tokenizer: bool = True, adjust: Callable[[Any], None] | None = None) -> Any:
     """Saves a random model of ``config``'s class, norms and biases random too, and returns it, float32, in eval."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -231,6 +230,13 @@ def tiny_gemma4(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture
+def tiny_gemma4_moe(tiny_gemma4: Callable[..., Path]) -> Callable[..., Path]:
+    """tiny_gemma4_moe(**changes): two layers with experts."""
+    layers = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+    return functools.partial(tiny_gemma4, "26B-A4B", **layers)
 
 
 @pytest.fixture

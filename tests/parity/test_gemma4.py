@@ -79,7 +79,7 @@ def test_same_logits(tiny_gemma4: Callable[..., Path], tmp_path: Path, record_pr
 def test_a_q4_0_file_computes_what_its_blocks_say(
     tiny_gemma4: Callable[..., Path], tmp_path: Path, record_property: Any, layout: str
 ) -> None:
-    """llama.cpp loads it, and the same weights as F32 give what transformers computes from what the blocks decode to."""
+    """llama.cpp loads it, and its weights as F32 give what transformers computes from what the blocks decode to."""
     lowbit.pack(tiny_gemma4(layout), "q4_0", tmp_path / "q4_0.gguf")
     with open_checkpoint(tmp_path / "q4_0.gguf") as source:
         tensors = (Tensor(name=name, values=source.read(name)) for name in source.names)
@@ -103,8 +103,8 @@ def test_a_packed_file_is_read_back_as_the_same_model(
         assert packed.names == source.names
         assert all(np.array_equal(packed.read(name), source.read(name)) for name in source.names)
         assert packed.family.metadata(packed.config) == source.family.metadata(source.config)
-        computed = source.family.computed(source.config)
-        assert all(np.array_equal(values, computed[name]) for name, values in packed.family.computed(packed.config).items())
+        computed, again = source.family.computed(source.config), packed.family.computed(packed.config)
+        assert all(np.array_equal(again[name], values) for name, values in computed.items())
     for path in (folder, tmp_path / "f32.gguf"):
         found = lowbit.inspect(path)
         assert (found["problem"], found["architecture"], found["tied"], found["layers"]) == (None, "gemma4", True, 6)

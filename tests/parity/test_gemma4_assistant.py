@@ -146,9 +146,7 @@ def compare(ours: list[Any], theirs: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_same_drafts(
-    tiny_gemma4: Callable[..., Path], tiny_gemma4_assistant: Callable[..., Path], case: str
-) -> None:
+def test_same_drafts(tiny_gemma4: Callable[..., Path], tiny_gemma4_assistant: Callable[..., Path], case: str) -> None:
     layout, of_target, of_drafter = CASES[case]
     target = tiny_gemma4(layout, **{"sliding_window": 256} | of_target)
     drafter = tiny_gemma4_assistant(**{"sliding_window": 256} | of_drafter)
@@ -161,8 +159,8 @@ def test_same_drafts(
 def test_window_layers_of_a_drafter_see_the_window_before_its_position(
     tiny_gemma4: Callable[..., Path], tiny_gemma4_assistant: Callable[..., Path]
 ) -> None:
-    """Where the text is longer than the window llama.cpp counts the position itself into it, and transformers counts two
-    more (distances up to the window, from the last key). The tokens both see are computed alike."""
+    """Where the text is longer than the window llama.cpp counts the position itself into it, and transformers counts
+    two more (distances up to the window, from the last key). The tokens both see are computed alike."""
     target, drafter = tiny_gemma4("31B", attention_k_eq_v=False), tiny_gemma4_assistant()
     tokens = tokens_of()
     reference = Reference(target, drafter, window=15)

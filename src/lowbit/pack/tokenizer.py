@@ -44,9 +44,7 @@ class _Vocab:
     ids: dict[str, int]
 
 
-def metadata(
-    folder: Path, config: Mapping[str, Any], vocab_size: int, *, spm_model: str = "llama"
-) -> list[Field]:
+def metadata(folder: Path, config: Mapping[str, Any], vocab_size: int, *, spm_model: str = "llama") -> list[Field]:
     """``tokenizer.*`` for a Hugging Face folder. ``vocab_size``: rows of the embedding; missing tokens are padded.
     ``spm_model``: 'llama' or 'gemma4', the one of the two that llama.cpp runs for this model if it has byte fallback.
 
@@ -269,7 +267,7 @@ def _added_at_ends(tokenizer: Mapping[str, Any], settings: Mapping[str, Any], *,
 
 
 def _suppressed(path: Path, vocab: _Vocab) -> list[Field]:
-    """Tokens that are never to be generated, of a generation_config.json that names any (Gemma 4 12B's image tokens)."""
+    """Tokens that are never to be generated, of a generation_config.json that names any (Gemma 4 12B's does)."""
     generation = read_json(path, BadFile) if path.is_file() else {}
     named = generation.get("suppress_tokens") or []
     if not isinstance(named, list) or not all(type(i) is int for i in named):

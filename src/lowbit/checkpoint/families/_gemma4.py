@@ -1,4 +1,4 @@
-"""What Gemma 4's models and their drafters share: the text config, a layer's tensors, the metadata, the reading back.
+"""What Gemma 4's models and their drafters share: the text config, a layer's tensors, the metadata.
 
 Layers that attend to a window and layers that attend to everything differ in head size and in key-value heads. The last
 ``num_kv_shared_layers`` have no keys and values of their own. llama.cpp takes from nowhere but its code which layer's
@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from gguf.constants import GGUFValueType
 
-from lowbit.checkpoint.families.base import Gguf, Keys, TensorSpec, array, positive, real, rope_parameters, uint
+from lowbit.checkpoint.families.base import Keys, TensorSpec, array, positive, real, rope_parameters, uint
 from lowbit.checkpoint.gguf_file import Field
-from lowbit.errors import BadConfig, BadFile, Unsupported
+from lowbit.errors import BadConfig, Unsupported
 
 ROPE_FREQS = "rope_freqs.weight"
 FULL, WINDOW = "full_attention", "sliding_attention"
@@ -38,15 +38,6 @@ _SIZES = (
 _EXPERTS = ("num_experts", "top_k_experts", "moe_intermediate_size")
 # A frequency divided by this much turns nothing: how GGUF spells the part of a head that is not rotated.
 _NEVER = 1e30
-_LLAMA_CPP_SOFTCAP = 30.0  # where a file does not say
-GGUF_KEYS = (
-    "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
-    "attention.head_count_kv", "attention.layer_norm_rms_epsilon", "attention.key_length", "attention.value_length",
-    "attention.key_length_swa", "attention.value_length_swa", "attention.sliding_window",
-    "attention.sliding_window_pattern", "attention.shared_kv_layers", "embedding_length_per_layer_input",
-    "expert_count", "expert_used_count", "expert_feed_forward_length", "final_logit_softcapping", "rope.freq_base",
-    "rope.freq_base_swa", "rope.dimension_count", "rope.dimension_count_swa", "vocab_size",
-)  # fmt: skip
 
 
 class Layer(NamedTuple):
@@ -94,7 +85,7 @@ def checked(config: Mapping[str, Any], where: object, defaults: Mapping[str, Any
     if (cap := keys.get("final_logit_softcapping")) is not None:
         positive("final_logit_softcapping", cap, where)
     sizes["num_kv_shared_layers"] = keys.size("num_kv_shared_layers", 0, least=0, most=n_layers)
-    sizes["layer_types"] = _layer_types(keys.get("layer_types"), n_layers, where)
+    sizes["layer_types"] = checked_layer_types(keys.get("layer_types"), n_layers, where)
     sizes |= _per_layer_input(keys, sizes["vocab_size"]) | _experts(keys) | _full_layers(keys, sizes)
     for layer in set(layers(sizes)):
         if layer.head_dim % 2 or sizes["num_attention_heads"] % layer.kv_heads:
@@ -107,7 +98,7 @@ def checked(config: Mapping[str, Any], where: object, defaults: Mapping[str, Any
     return {**config, **sizes}
 
 
-def _layer_types(given: Any, n_layers: int, where: object) -> list[str]:
+def checked_layer_types(given: Any, n_layers: int, where: object) -> list[str]:
     if given is None:
         given = [WINDOW if (i + 1) % 6 else FULL for i in range(n_layers)]
     if not isinstance(given, list) or len(given) != n_layers or not set(given) <= {FULL, WINDOW}:
@@ -160,7 +151,7 @@ def _experts(keys: Keys) -> dict[str, Any]:
 def _full_layers(keys: Keys, sizes: Mapping[str, Any]) -> dict[str, Any]:
     """Head size and key-value heads of the layers that attend to everything, from either spelling, in both."""
     base = {"head_dim": sizes["head_dim"], "num_key_value_heads": sizes["num_key_value_heads"]}
-    full = [str(i) for i, kind in enumerate(sizes["layer_types"]) if kind == FULL]
+    full = [i for i, kind in enumerate(sizes["layer_types"]) if kind == FULL]
     head_dim = keys.size("global_head_dim", _GLOBAL_HEAD_DIM)
     kv_heads = keys.size("num_global_key_value_heads", base["num_key_value_heads"])
     given = keys.get("per_layer_config")
@@ -177,15 +168,18 @@ def _full_layers(keys: Keys, sizes: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "global_head_dim": own["head_dim"],
         "num_global_key_value_heads": own["num_key_value_heads"] if differs else None,
-        "per_layer_config": {i: dict(own) for i in full},
+        "per_layer_config": {str(i): dict(own) for i in full},
     }
 
 
-def _changes(given: Any, full: list[str], where: object) -> dict[str, Any]:
+def _changes(given: Any, full: list[int], where: object) -> dict[str, Any]:
     """What ``per_layer_config`` changes on the full layers: all the same, and nothing on others."""
-    if not isinstance(given, dict) or not all(isinstance(value, dict) for value in given.values()):
-        raise BadConfig("bad value for per_layer_config", where=where, found=repr(given)[:60], expected="objects")
-    by_layer = {str(i): value for i, value in given.items() if value}
+    if not isinstance(given, dict) or not all(
+        isinstance(value, dict) and str(i).isdecimal() for i, value in given.items()
+    ):
+        expected = "objects by the numbers of layers"
+        raise BadConfig("bad value for per_layer_config", where=where, found=repr(given)[:60], expected=expected)
+    by_layer = {int(i): value for i, value in given.items() if value}  # transformers writes '05' and '11'
     changes = [by_layer.pop(i, {}) for i in full]
     if by_layer or any(change != changes[0] for change in changes):
         raise Unsupported(
@@ -225,14 +219,6 @@ def rope_freqs(config: Mapping[str, Any]) -> np.ndarray:
     return np.where(np.arange(half) < turned, 1.0, _NEVER).astype(np.float32)
 
 
-def adopt_rope_freqs(config: dict[str, Any], values: np.ndarray, where: object) -> None:
-    """Puts the part of a head that a GGUF's rope_freqs rotates into the config rebuilt from that GGUF."""
-    turned = int((values == 1.0).sum())
-    config["rope_parameters"][FULL] |= {"rope_type": "proportional", "partial_rotary_factor": turned / len(values)}
-    if not turned or not np.array_equal(rope_freqs(config), values):
-        raise Unsupported("this tensor does not follow from a known config", where=f"{where}: {ROPE_FREQS}")
-
-
 def tensor(name: str, gguf_name: str, role: str, *shape: int) -> TensorSpec:
     return TensorSpec(name=name, gguf_name=gguf_name, role=role, shape=shape)
 
@@ -254,7 +240,11 @@ def layer_tensors(config: Mapping[str, Any]) -> Iterator[TensorSpec]:
             yield tensor(f"{ours}.self_attn.k_norm.weight", f"{theirs}.attn_k_norm.weight", "norm", dim)
         yield tensor(f"{ours}.self_attn.q_norm.weight", f"{theirs}.attn_q_norm.weight", "norm", dim)
         yield tensor(f"{ours}.self_attn.o_proj.weight", f"{theirs}.attn_output.weight", "attn_o", hidden, heads * dim)
-        for part, shape in (("gate", (layer.wide, hidden)), ("up", (layer.wide, hidden)), ("down", (hidden, layer.wide))):
+        for part, shape in (
+            ("gate", (layer.wide, hidden)),
+            ("up", (layer.wide, hidden)),
+            ("down", (hidden, layer.wide)),
+        ):
             yield tensor(f"{ours}.mlp.{part}_proj.weight", f"{theirs}.ffn_{part}.weight", f"ffn_{part}", *shape)
         for norm, gguf_norm in (
             ("input_layernorm", "attn_norm"),
@@ -305,89 +295,3 @@ def metadata(config: Mapping[str, Any], arch: str) -> list[Field]:
             uint(f"{arch}.expert_feed_forward_length", config["moe_intermediate_size"]),
         ]
     return fields
-
-
-def config_from_gguf(keys: Gguf, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """A text config rebuilt from a GGUF's key-values; the caller has refused unknown keys."""
-    n_layers = keys.size("block_count")
-    pattern = keys.get("attention.sliding_window_pattern")
-    if not isinstance(pattern, list) or len(pattern) != n_layers:
-        what = f"bad value for {keys.arch}.attention.sliding_window_pattern"
-        raise BadFile(what, where=keys.where, found=repr(pattern)[:60], expected=f"{n_layers} truth values")
-    for name in ("token_embd.weight", ROPE_FREQS):
-        if name not in shapes:
-            raise BadFile(f"the tensor {name} is missing", where=keys.where)
-    kinds = _layer_types([WINDOW if window else FULL for window in pattern], n_layers, keys.where)
-    wide, kv_heads = keys.each("feed_forward_length", n_layers), keys.each("attention.head_count_kv", n_layers)
-    dims = {FULL: keys.size("attention.key_length"), WINDOW: keys.size("attention.key_length_swa")}
-    _check_dims(keys, dims)
-    shared, per_layer = keys.count("attention.shared_kv_layers"), keys.count("embedding_length_per_layer_input")
-    vocab, by_kind = shapes["token_embd.weight"][0], dict(zip(kinds, kv_heads, strict=True))
-    owners = [i for i, kind in enumerate(kinds) if kind == FULL and i < n_layers - shared]
-    config: dict[str, Any] = {
-        "attention_bias": False,
-        "attention_k_eq_v": any(f"blk.{i}.attn_v.weight" not in shapes for i in owners),
-        "enable_moe_block": False,
-        "final_logit_softcapping": _softcap(keys),
-        "global_head_dim": dims[FULL],
-        "head_dim": dims[WINDOW],
-        "hidden_activation": "gelu_pytorch_tanh",
-        "hidden_size": keys.size("embedding_length"),
-        "hidden_size_per_layer_input": per_layer,
-        "intermediate_size": wide[0],
-        "layer_types": kinds,
-        "max_position_embeddings": keys.size("context_length"),
-        "model_type": "gemma4_text",
-        "num_attention_heads": keys.size("attention.head_count"),
-        "num_global_key_value_heads": by_kind[FULL],
-        "num_hidden_layers": n_layers,
-        "num_key_value_heads": by_kind[WINDOW],
-        "num_kv_shared_layers": shared,
-        "per_layer_config": {
-            str(i): {"head_dim": dims[FULL], "num_key_value_heads": by_kind[FULL]}
-            for i, kind in enumerate(kinds)
-            if kind == FULL
-        },
-        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
-        "rope_parameters": {
-            FULL: {"rope_type": "default", "rope_theta": keys.number("rope.freq_base", 10_000.0)},
-            WINDOW: {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa", 10_000.0)},
-        },
-        "sliding_window": keys.size("attention.sliding_window"),
-        "tie_word_embeddings": "output.weight" not in shapes,
-        "use_bidirectional_attention": None,
-        "use_double_wide_mlp": wide[-1] == 2 * wide[0],
-        "vocab_size": vocab,
-        "vocab_size_per_layer_input": vocab if per_layer else 0,
-        **keys.token_ids(),
-    }
-    if keys.count("expert_count"):
-        config |= {"enable_moe_block": True, "num_experts": keys.size("expert_count")}
-        config |= {"top_k_experts": keys.size("expert_used_count")}
-        config |= {"moe_intermediate_size": keys.size("expert_feed_forward_length")}
-    # A rule of two numbers stands for the arrays, so the file must have exactly what the rule gives.
-    if [(kv_heads[i], wide[i]) for i in range(n_layers)] != [
-        (by_kind[kind], wide[0] * (2 if config["use_double_wide_mlp"] and i >= n_layers - shared else 1))
-        for i, kind in enumerate(kinds)
-    ]:
-        raise Unsupported("the layers' sizes follow no rule that Gemma 4 has", where=keys.where)
-    return config
-
-
-def _softcap(keys: Gguf) -> float | None:
-    key = "final_logit_softcapping"
-    return None if keys.get(key) == 0 else keys.number(key, _LLAMA_CPP_SOFTCAP)
-
-
-def _check_dims(keys: Gguf, dims: Mapping[str, int]) -> None:
-    for key, kind in (
-        ("attention.value_length", FULL),
-        ("rope.dimension_count", FULL),
-        ("attention.value_length_swa", WINDOW),
-        ("rope.dimension_count_swa", WINDOW),
-    ):
-        if keys.size(key, dims[kind]) != dims[kind]:
-            raise Unsupported(
-                "a head whose keys, values and rotation differ in size is not run for Gemma 4", where=keys.where,
-                found=f"{keys.arch}.{key} {keys.get(key)}", expected=dims[kind],
-            )  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lowbit.checkpoint.families import _gemma4
+from lowbit.checkpoint.families import _gemma4, _gemma4_gguf
 from lowbit.checkpoint.families._gemma4 import tensor
 from lowbit.checkpoint.families.base import Family, Gguf, TensorSpec, multimodal_name
 from lowbit.checkpoint.gguf_file import Field
@@ -34,7 +34,9 @@ _OWN_DEFAULTS = {
     "gemma4_unified": {"max_position_embeddings": 262_144, "sliding_window": 1024},
 }
 _OTHER_PARTS = ("vision_tower.", "audio_tower.", "embed_vision.", "embed_audio.", "vision_embedder.")
-_SHARED_PARTS = re.compile(r"\.(\d+)\.(?:self_attn\.(?:k_proj|v_proj|k_norm|v_norm)|attn_k|attn_v|attn_k_norm)\.weight$")
+_SHARED_PARTS = re.compile(
+    r"\.(\d+)\.(?:self_attn\.(?:k_proj|v_proj|k_norm|v_norm)|attn_k|attn_v|attn_k_norm)\.weight$"
+)
 
 
 class Gemma4(Family):
@@ -87,8 +89,8 @@ class Gemma4(Family):
 
     def config_from_gguf(self, values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: object) -> dict:
         keys = Gguf(values, self.arch, where)
-        keys.only(*_gemma4.GGUF_KEYS)
-        return {"architectures": ["Gemma4ForCausalLM"], **_gemma4.config_from_gguf(keys, shapes)}
+        keys.only(*_gemma4_gguf.KEYS)
+        return {"architectures": ["Gemma4ForCausalLM"], **_gemma4_gguf.config_from_gguf(keys, shapes)}
 
     def computed(self, config: Mapping[str, Any]) -> dict[str, np.ndarray]:
         return {_gemma4.ROPE_FREQS: _gemma4.rope_freqs(config)}
@@ -96,7 +98,7 @@ class Gemma4(Family):
     def adopt_computed(self, config: dict[str, Any], name: str, values: np.ndarray, where: object) -> None:
         if name != _gemma4.ROPE_FREQS:
             super().adopt_computed(config, name, values, where)
-        _gemma4.adopt_rope_freqs(config, values, where)
+        _gemma4_gguf.adopt_rope_freqs(config, values, where)
 
 
 def _text_part(config: Mapping[str, Any], where: object) -> dict[str, Any]:
@@ -124,9 +126,7 @@ def _per_layer_tensors(config: Mapping[str, Any]) -> Iterator[TensorSpec]:
     yield tensor("model.per_layer_projection_norm.weight", "per_layer_proj_norm.weight", "norm", size)
     for i in range(n_layers):
         ours, theirs = f"model.layers.{i}", f"blk.{i}"
-        yield tensor(
-            f"{ours}.per_layer_input_gate.weight", f"{theirs}.inp_gate.weight", "per_layer_gate", size, hidden
-        )
+        yield tensor(f"{ours}.per_layer_input_gate.weight", f"{theirs}.inp_gate.weight", "per_layer_gate", size, hidden)
         yield tensor(f"{ours}.per_layer_projection.weight", f"{theirs}.proj.weight", "per_layer_proj", hidden, size)
         yield tensor(f"{ours}.post_per_layer_input_norm.weight", f"{theirs}.post_norm.weight", "norm", hidden)
 
@@ -144,7 +144,11 @@ def _expert_tensors(config: Mapping[str, Any]) -> Iterator[TensorSpec]:
             f"{ours}.experts.gate_up_proj", f"{theirs}.ffn_gate_up_exps.weight", "experts_gate_up", n, 2 * wide, hidden
         )
         yield tensor(f"{ours}.experts.down_proj", f"{theirs}.ffn_down_exps.weight", "experts_down", n, hidden, wide)
-        for norm, gguf_norm in (("pre", "pre_ffw_norm_2"), ("post_1", "post_ffw_norm_1"), ("post_2", "post_ffw_norm_2")):
+        for norm, gguf_norm in (
+            ("pre", "pre_ffw_norm_2"),
+            ("post_1", "post_ffw_norm_1"),
+            ("post_2", "post_ffw_norm_2"),
+        ):
             side, _, number = norm.partition("_")
             name = f"{ours}.{side}_feedforward_layernorm_{number or 2}.weight"
             yield tensor(name, f"{theirs}.{gguf_norm}.weight", "norm", hidden)

@@ -2,9 +2,9 @@
 
 A few layers without keys and values of their own: they attend to those of the target model's last two layers. The input
 is the target's embedding of the last token beside its last hidden state, through ``pre_projection``; the output goes
-back to the target's width through ``post_projection``. llama.cpp runs a drafter only in a context that belongs to one of
-its target. The drafters of E2B and E4B can score some tokens only, those of the nearest centroids; llama.cpp scores all
-and its converter leaves the centroids out, and so does lowbit. Read from llama.cpp (src/models/gemma4-assistant.cpp,
+back to the target's width through ``post_projection``. llama.cpp runs a drafter only beside its target.
+The drafters of E2B and E4B can score some tokens only, those of the nearest centroids; llama.cpp scores all and its
+converter leaves the centroids out, and so does lowbit. Read from llama.cpp (src/models/gemma4-assistant.cpp,
 conversion/gemma.py) and transformers (models/gemma4_assistant).
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lowbit.checkpoint.families import _gemma4
+from lowbit.checkpoint.families import _gemma4, _gemma4_gguf
 from lowbit.checkpoint.families._gemma4 import tensor
 from lowbit.checkpoint.families.base import Family, Gguf, Keys, TensorSpec, uint
 from lowbit.checkpoint.gguf_file import Field
@@ -86,8 +86,8 @@ class Gemma4Assistant(Family):
 
     def config_from_gguf(self, values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: object) -> dict:
         keys = Gguf(values, self.arch, where)
-        keys.only(*_gemma4.GGUF_KEYS, "embedding_length_out", "nextn_predict_layers")
-        text = {"architectures": ["Gemma4ForCausalLM"], **_gemma4.config_from_gguf(keys, shapes)}
+        keys.only(*_gemma4_gguf.KEYS, "embedding_length_out", "nextn_predict_layers")
+        text = {"architectures": ["Gemma4ForCausalLM"], **_gemma4_gguf.config_from_gguf(keys, shapes)}
         if keys.size("nextn_predict_layers") != text["num_hidden_layers"]:
             found = f"{self.arch}.nextn_predict_layers {keys.get('nextn_predict_layers')}"
             raise Unsupported(
@@ -109,7 +109,7 @@ class Gemma4Assistant(Family):
     def adopt_computed(self, config: dict[str, Any], name: str, values: np.ndarray, where: object) -> None:
         if name != _gemma4.ROPE_FREQS:
             super().adopt_computed(config, name, values, where)
-        _gemma4.adopt_rope_freqs(config["text_config"], values, where)
+        _gemma4_gguf.adopt_rope_freqs(config["text_config"], values, where)
 
 
 def _check(text: Mapping[str, Any], backbone: int, where: object) -> None:
