@@ -95,7 +95,8 @@ def test_the_projection_of_all_layers_inputs_keeps_its_type(dtype: str, kept: st
         dtype: str
 
     tensor = Stored("model proj", "per_layer_model_proj", (768, 512), dtype)
-    assert recipe.get("q4_0").assign_specs([tensor]) == {"model proj": kept}
+    for name in (*LOW_BIT, "q8_0"):
+        assert recipe.get(name).assign_specs([tensor]) == {"model proj": kept}
 
 
 def test_rows_that_are_not_whole_blocks_name_the_tensor() -> None:

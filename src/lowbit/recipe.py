@@ -64,7 +64,7 @@ class Recipe:
     def _grid_of(self, info: _Tensor, *, is_head: bool) -> str:
         if len(info.shape) < 2 or info.role == "router":
             return "f32"
-        if info.role == "per_layer_model_proj" and grids.get(self.weights).has_scales:
+        if info.role == "per_layer_model_proj" and grids.get(self.weights).bits_per_weight < 16:
             return _FLOATS.get(getattr(info, "dtype", ""), "f32")  # a TensorSpec has no dtype
         grid, row = grids.get(self.weights), info.shape[-1]
         if is_head and grid.bits_per_weight < 8:

@@ -35,7 +35,7 @@ _OWN_DEFAULTS = {
 }
 _OTHER_PARTS = ("vision_tower.", "audio_tower.", "embed_vision.", "embed_audio.", "vision_embedder.")
 _SHARED_PARTS = re.compile(
-    r"\.(\d+)\.(?:self_attn\.(?:k_proj|v_proj|k_norm|v_norm)|attn_k|attn_v|attn_k_norm)\.weight$"
+    r"\.(\d+)\.(?:self_attn\.(?:[kv]_proj|[kv]_norm)|attn_[kv]|attn_k_norm)\.weight(?:_packed|_scale|_shape)?$"
 )
 
 
