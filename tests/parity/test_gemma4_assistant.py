@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from test_logits import tokens_of
 
 import lowbit
-from lowbit.checkpoint import open_checkpoint
+from lowbit.checkpoint import Tensor, open_checkpoint, write_checkpoint
 from lowbit.errors import RuntimeFailed
 from lowbit.run import _llama_h
 from lowbit.run.llama_cpp import LlamaCpp
@@ -219,6 +219,9 @@ def answer(target: Path, drafter: Path | None, prompt: np.ndarray, n: int) -> di
 def test_a_packed_drafter_is_read_back_as_the_same_model(
     tiny_gemma4_assistant: Callable[..., Path], tmp_path: Path, unified: bool
 ) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
     folder = tiny_gemma4_assistant(unified=unified, ordered=True)
     result = lowbit.pack(folder, "f32", tmp_path / "f32.gguf", certificate=True)
     assert result.certificate is not None
@@ -228,6 +231,9 @@ def test_a_packed_drafter_is_read_back_as_the_same_model(
         assert back.names == source.names
         assert all(np.array_equal(back.read(name), source.read(name)) for name in source.names)
         assert back.family.metadata(back.config) == source.family.metadata(source.config)
+        write_checkpoint(tmp_path / "back", back, (Tensor(name=name, values=back.read(name)) for name in back.names))
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.float32).state_dict()
+        assert all(np.array_equal(again[name].numpy(), source.read(name)) for name in source.names)
     for path in (folder, tmp_path / "f32.gguf"):
         found = lowbit.inspect(path)
         assert (found["problem"], found["architecture"], found["layers"]) == (None, "gemma4-assistant", 4)

@@ -25,6 +25,8 @@ _SOFTCAP = 30.0  # llama.cpp's, where a file does not say
 def config_from_gguf(keys: Gguf, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """A text config rebuilt from a GGUF's key-values; the caller has refused unknown keys."""
     n_layers = keys.size("block_count")
+    if n_layers > len(shapes):
+        raise BadFile("more layers than tensors", where=keys.where, found=n_layers, expected=f"at most {len(shapes)}")
     pattern = keys.get("attention.sliding_window_pattern")
     if not isinstance(pattern, list) or len(pattern) != n_layers:
         what = f"bad value for {keys.arch}.attention.sliding_window_pattern"
@@ -120,8 +122,10 @@ def adopt_rope_freqs(config: dict[str, Any], values: np.ndarray, where: object) 
     """Puts the part of a head that a GGUF's rope_freqs rotates into the config rebuilt from that GGUF."""
     part = float((values == 1.0).mean())
     rope = config["rope_parameters"][FULL]
-    for factor in (part, float(np.nextafter(part, 1.0))):  # the product with the head's size is rounded down
+    fits = part and values.shape == (config["global_head_dim"] // 2,)  # the config may claim any size still
+    # The product with the head's size is rounded down, so a quotient may need its next number.
+    for factor in (part, float(np.nextafter(part, 1.0))) if fits else ():
         rope |= {"rope_type": "proportional", "partial_rotary_factor": factor}
-        if part and np.array_equal(rope_freqs(config), values):
+        if np.array_equal(rope_freqs(config), values):
             return
     raise Unsupported("this tensor does not follow from a known config", where=f"{where}: {ROPE_FREQS}")
