@@ -19,7 +19,7 @@ import pytest
 import lowbit
 from lowbit.checkpoint import families, open_checkpoint
 from lowbit.checkpoint.families.base import TensorSpec
-from lowbit.checkpoint.gguf_file import Field, GgufFile, TensorHead, pad_to, write_header
+from lowbit.checkpoint.gguf_file import Field, GgufFile, TensorHead, write_header
 from lowbit.errors import BadConfig, BadFile, LowbitError, Unsupported
 from lowbit.pack import verify
 
@@ -298,7 +298,7 @@ def rewritten(path: Path, out: Path, changes: Mapping[str, Any], drop: str = "")
     with open(out, "wb") as handle:
         heads = [TensorHead(name, file.entries[name].shape, 0) for name in names]  # F32
         for name, offset in zip(names, write_header(handle, fields, heads), strict=True):
-            pad_to(handle, offset)
+            handle.seek(offset)
             handle.write(file.raw(name).tobytes())
     return out
 
@@ -350,7 +350,7 @@ def test_unused_tensors_of_released_ggufs_are_passed_over(tiny_gemma4: Callable[
     data = [file.raw(name).tobytes() for name in file.entries] + [values.tobytes() for values in extra.values()]
     with open(tmp_path / "released.gguf", "wb") as handle:
         for raw, offset in zip(data, write_header(handle, file.fields, heads), strict=True):
-            pad_to(handle, offset)
+            handle.seek(offset)
             handle.write(raw)
     with open_checkpoint(tmp_path / "released.gguf") as released, open_checkpoint(folder) as source:
         assert released.names == source.names

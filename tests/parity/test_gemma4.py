@@ -14,6 +14,7 @@ from test_logits import compare, llama_cpp_logits, tokens_of, transformers_logit
 
 import lowbit
 from lowbit.checkpoint import Tensor, open_checkpoint, write_checkpoint
+from lowbit.run.llama_cpp import LlamaCpp
 
 _WINDOW, _FULL = "sliding_attention", "full_attention"
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -108,6 +109,26 @@ def test_a_packed_file_is_read_back_as_the_same_model(
     for path in (folder, tmp_path / "f32.gguf"):
         found = lowbit.inspect(path)
         assert (found["problem"], found["architecture"], found["tied"], found["layers"]) == (None, "gemma4", True, 6)
+
+
+def test_special_tokens(tiny_gemma4: Callable[..., Path]) -> None:
+    """What ends an answer, what is shown of one, and text in between, as llama.cpp takes them from the file."""
+    from transformers import AutoTokenizer
+
+    folder = tiny_gemma4("31B")
+    lowbit.pack(folder, "f32", folder / "f32.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    turn = (
+        '<|turn>user\n\nthe  thing é<turn|>\n<|channel>thought<channel|><|tool_call>call:f{x:<|"|>v<|"|>}<tool_call|>'
+    )
+    with LlamaCpp(folder / "f32.gguf", context=64, threads=1, logits_all=False) as model:
+        assert model.tokenize(turn, parse_special=True) == tokenizer(turn).input_ids
+        ids = {token: tokenizer.convert_tokens_to_ids(token) for token in tokenizer.all_special_tokens}
+        ids |= {token: tokenizer.convert_tokens_to_ids(token) for token in ("<|turn>", "<turn|>", "<|tool_response>")}
+        assert {token for token, i in ids.items() if model.ends(i)} == {"<eos>", "<turn|>", "<|tool_response>"}
+        assert model.adds_bos and model.bos == ids["<bos>"] and model.eos == ids["<eos>"]
+        shown = [tokenizer.convert_tokens_to_ids(token) for token in ("<|channel>", "<|turn>", "<|tool_call>")]
+        assert model.detokenize(shown) == "<|channel><|tool_call>"
 
 
 def test_keys_and_values_of_layers_that_share_them_are_left_out(
