@@ -1,8 +1,8 @@
 """Gemma 4: the released sizes, from their configs' numbers to tensors and metadata, and configs that are refused.
 
-The numbers are those of transformers' conversion of the released weights, and of the 12B's config. What they must come
-to is published elsewhere: parameters in the model cards, tensor counts in llama.cpp's load logs of released GGUFs (E2B,
-26B-A4B and 31B).
+The numbers are those of transformers' conversion of the released weights; the 12B's and the E2B drafter's are their
+config.json. What they must come to is published elsewhere: parameters in the model cards, tensor counts in llama.cpp's
+load logs of released GGUFs (E2B, 26B-A4B and 31B).
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ TEXT: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 _DRAFTER = _COMMON | _layers(4, 4) | {
     "num_kv_shared_layers": 4, "vocab_size_per_layer_input": 0, "hidden_size": 1024, "intermediate_size": 8192,
+    "final_logit_softcapping": None, "architectures": None, "expert_intermediate_size": None,
 }  # fmt: skip
 _SMALL_DRAFTER = {"hidden_size": 256, "intermediate_size": 2048, "num_attention_heads": 4, "sliding_window": 512}
 DRAFTERS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -109,6 +110,8 @@ def drafter(size: str) -> dict[str, Any]:
         "architectures": [f"{name}AssistantForCausalLM"], "backbone_hidden_size": backbone, "text_config": text,
         "centroid_intermediate_top_k": 32, "model_type": f"{kind}_assistant", "num_centroids": 2048,
         "tie_word_embeddings": True, "use_ordered_embeddings": size in ("E2B", "E4B"), "dtype": "bfloat16",
+        "audio_token_id": 258881, "boa_token_id": 256000, "boi_token_id": 255999, "eoa_token_id": 258883,
+        "eoi_token_id": 258882, "image_token_id": 258880,
     }  # fmt: skip
 
 

@@ -38,10 +38,8 @@ KV_TYPES: dict[str, int] = {
 }
 _LOGITS_BYTES = 128 * MIB
 _CONTEXT_HINT = "A smaller context or another KV type may work; LOWBIT_DEBUG=1 shows llama.cpp's log"
-_DRAFTER, _DRAFTER_HINT = (
-    "gemma4-assistant",
-    "It is a drafter, which runs beside its target only: llama-server --model-draft",
-)
+_DRAFTER = "gemma4-assistant"
+_DRAFTER_HINT = "It is a drafter, which runs beside its target only: llama-server --model-draft"
 _UNQUANTIZED = ("f32", "f16", "bf16")
 
 

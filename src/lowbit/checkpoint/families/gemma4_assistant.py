@@ -45,6 +45,9 @@ class Gemma4Assistant(Family):
         backbone = keys.size("backbone_hidden_size", _BACKBONES[kind])
         for key in ("use_ordered_embeddings", "num_centroids", "centroid_intermediate_top_k"):
             keys.get(key)
+        for key in config:
+            if key.endswith(("_token_id", "_token_index")):  # the target's, of images and sound
+                keys.get(key)
         keys.only("tie_word_embeddings", True)
         keys.finish()
         n_layers = nested.get("num_hidden_layers")
