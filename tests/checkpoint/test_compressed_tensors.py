@@ -29,9 +29,13 @@ Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 @pytest.fixture
 def packed(tiny_llama: Callable[..., Path]) -> tuple[Path, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
     """The folder, and each matrix's codes (rows, n) int8 and scales (rows, n / 32) bfloat16."""
-    folder = tiny_llama()
+    return compressed(tiny_llama())
+
+
+def compressed(folder: Path) -> tuple[Path, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """The folder with the matrices of its language model's layers packed, and what ``packed`` gives."""
     stored, made = load_file(folder / "model.safetensors"), {}
-    for name in [n for n in stored if ".layers." in n and stored[n].ndim == 2]:
+    for name in [n for n in stored if ".layers." in n and "vision" not in n and stored[n].ndim == 2]:
         rows, n = stored[name].shape
         groups = stored.pop(name).reshape(rows, n // 32, 32)
         scales = (groups.abs().amax(-1) / 7.5).bfloat16()
@@ -66,6 +70,23 @@ def test_not_a_code_is_touched(packed: tuple[Path, dict[str, Any]], tmp_path: Pa
             assert np.array_equal(blocks.scales.astype(np.float32), scales.float().numpy()), name
             assert np.array_equal(file.read(name), expected.numpy()), name
         assert source.info("model.embed_tokens.weight").dtype == "F32"
+
+
+def test_gemma_4_within_a_multimodal_model(tiny_gemma4: Callable[..., Path], tmp_path: Path) -> None:
+    """Also where layers that share keys and values have packed ones of their own, as released: nothing reads those."""
+    folder, made = compressed(tiny_gemma4("E2B", multimodal=True))
+    stored = load_file(folder / "model.safetensors")
+    owner, sharer = (f"model.language_model.layers.{i}.self_attn.k_proj.weight" for i in (2, 5))
+    for suffix in ("_packed", "_scale", "_shape"):
+        stored[sharer + suffix] = stored[owner + suffix].clone()
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    lowbit.pack(folder, "q4_0", tmp_path / "q4_0.gguf")
+    with open_checkpoint(tmp_path / "q4_0.gguf") as file:
+        raw = file.blocks(owner.replace("language_model.", ""))
+        assert raw is not None
+        codes, _ = made[owner]
+        assert np.array_equal(grid.get("q4_0").unpack(raw).codes.reshape(codes.shape), codes.numpy())
+        assert len(made) == 6 * 9 - 3 * 2
 
 
 def test_transformers_reads_the_same(packed: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

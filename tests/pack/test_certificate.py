@@ -63,6 +63,32 @@ def test_a_checkpoint_packs_without_loss(
     assert types[MATRIX] == "q4_0" and types["lm_head.weight"] == "q8_0" and types["model.norm.weight"] == "f32"
 
 
+def test_experts_pack_without_loss(
+    tiny_gemma4_moe: Make, synthesised: Callable[..., np.ndarray], tmp_path: Path
+) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder, rng = tiny_gemma4_moe(), np.random.default_rng(5)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if tensor.dim() > 1 and "router" not in name:
+            matrix = (tensor.numel() // tensor.shape[-1], tensor.shape[-1])
+            values = synthesised(rng, matrix, rule="absmax/7", scales="BF16", group=32, dtype="BF16")
+            tensor = torch.from_numpy(values).reshape(tensor.shape)
+        tensors[name] = tensor.to(torch.bfloat16)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    _, saved = packed(folder, tmp_path / "x.gguf")
+    by_name = {tensor["name"]: tensor for tensor in saved["tensors"]}
+    for name in ("gate_up_proj", "down_proj"):
+        experts = by_name[f"model.layers.1.experts.{name}"]
+        assert (experts["type"], experts["exact"]) == ("q4_0", experts["blocks"])
+        assert experts["grid"] == "q4_0 absmax/7, bf16 scales, group 32"
+        assert experts["blocks"] == 8 * (64 * 2 if name == "gate_up_proj" else 64)
+    router = by_name["model.layers.1.router.proj.weight"]
+    assert (router["type"], router["exact"]) == ("f32", router["blocks"])
+
+
 def test_what_it_says(qat: Make, tmp_path: Path) -> None:
     folder, out = qat(), tmp_path / "x.gguf"
     _, saved = packed(folder, out)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))  # what test_logits.py compares with serves other files too
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -6,6 +6,7 @@ Of a quantized folder the reference is a plain one of its values, codes times sc
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from lowbit.run.mlx import Mlx
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from test_gemma4 import CASES as GEMMA4S
+from test_gemma4 import decided_tokens
 from test_logits import GEMMAS, LLAMAS, QWENS, compare, tokens_of, transformers_logits
 
 VARIANTS = [
@@ -46,6 +49,35 @@ def test_mlx(
     folder, tokens = request.getfixturevalue(family)(**changes), tokens_of()
     lowbit.pack(folder, "f32", tmp_path / "mlx", to="mlx")
     compare(mlx_logits(tmp_path / "mlx", tokens), transformers_logits(folder, tokens), record_property, 1e-6)
+
+
+@pytest.mark.parametrize("case", GEMMA4S)
+def test_mlx_gemma4(tiny_gemma4: Callable[..., Path], tmp_path: Path, record_property: Any, case: str) -> None:
+    layout, changes = GEMMA4S[case]
+    folder = tiny_gemma4(layout, **changes)
+    tokens = decided_tokens(folder)
+    lowbit.pack(folder, "f32", tmp_path / "mlx", to="mlx")
+    compare(mlx_logits(tmp_path / "mlx", tokens), transformers_logits(folder, tokens), record_property, 1e-6)
+
+
+@pytest.mark.parametrize("layout", ["E2B", "31B", "12B"])
+def test_quantized_mlx_gemma4(
+    tiny_gemma4: Callable[..., Path], tmp_path: Path, record_property: Any, layout: str
+) -> None:
+    folder, tokens = tiny_gemma4(layout), tokens_of()
+    lowbit.pack(folder, "mlx_affine4_g32", tmp_path / "mlx", certificate=True)
+    reference = transformers_logits(dequantized(tmp_path / "mlx", tmp_path / "plain"), tokens)
+    compare(mlx_logits(tmp_path / "mlx", tokens), reference, record_property, 1e-6)
+
+
+@pytest.mark.parametrize("layout", ["E2B", "31B", "12B"])
+def test_compressed_tensors_gemma4(
+    tiny_gemma4: Callable[..., Path], tmp_path: Path, record_property: Any, layout: str
+) -> None:
+    folder, tokens = tiny_gemma4(layout), tokens_of()
+    lowbit.pack(folder, "int4_g32", tmp_path / "ct", certificate=True)
+    reference = transformers_logits(dequantized(tmp_path / "ct", tmp_path / "plain"), tokens)
+    compare(transformers_logits(tmp_path / "ct", tokens), reference, record_property, 1e-6)
 
 
 @pytest.mark.parametrize("recipe", ["mlx_affine4_g32", "mlx_affine8_g64"])

@@ -33,7 +33,9 @@ class TensorInfo:
 
     name, shape: Hugging Face's. dtype: as stored ('F32', 'BF16', 'Q4_1', ...). grid: the lowbit grid whose stored
     codes and scales ``Checkpoint.blocks`` gives, or None. role: 'embedding', 'output', 'attn_q', 'attn_k', 'attn_v',
-    'attn_o', 'ffn_gate', 'ffn_up', 'ffn_down', 'norm' or 'bias'.
+    'attn_o', 'ffn_gate', 'ffn_up', 'ffn_down', 'norm', 'bias' or 'scale'; of experts 'router', 'experts_gate_up' and
+    'experts_down', which have a dimension more; of per-layer embeddings 'per_layer_embedding', 'per_layer_model_proj',
+    'per_layer_gate' and 'per_layer_proj'; of a drafter 'pre_projection' and 'post_projection'.
     """
 
     name: str
@@ -119,7 +121,7 @@ class Checkpoint:
         raise NotImplementedError
 
     def blocks(self, name: str) -> np.ndarray | None:
-        """The stored codes and scales, uint8 (rows, row_bytes) in Hugging Face's row order, where
+        """The stored codes and scales, uint8 (spec.n_rows, row_bytes) in Hugging Face's row order, where
         ``info(name).grid`` is not None; None elsewhere."""
         return self.block_rows(name, 0, self._spec(name).n_rows)
 
@@ -173,7 +175,7 @@ class GgufCheckpoint(Checkpoint):
         config = family.config_from_gguf(values, shapes, path)
         known = {spec.gguf_name for spec in family.tensors(config)}
         for name in self._file.entries:
-            if name not in known:
+            if name not in known and not family.unused_in_gguf(name, config):
                 family.adopt_computed(config, name, self._whole(name), path)
         super().__init__(path, "gguf", family.text_config(config, path), family)
         for spec in self.specs.values():
@@ -285,7 +287,7 @@ class FolderCheckpoint(Checkpoint):
         for name, grid_name in self._grids.items():
             spec, entry = self._spec(name), self._blocks.entries.get(name)
             grid = grids.get(grid_name)
-            expected = (spec.shape[0], spec.shape[-1] // grid.block_size * grid.block_bytes)
+            expected = (spec.n_rows, spec.shape[-1] // grid.block_size * grid.block_bytes)
             if entry is None or entry.dtype != "U8" or entry.shape != expected:
                 found = f"{entry.dtype} {entry.shape}" if entry else "nothing"
                 raise BadFile(

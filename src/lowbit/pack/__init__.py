@@ -68,7 +68,7 @@ def pack(
         recipe = containers.choose(to, None).RECIPE
     if recipe == "source":
         name = _float_type(checkpoint)
-        types = {n: name if len(checkpoint.info(n).shape) > 1 else "f32" for n in checkpoint.names}
+        types = recipes.get(name).assign(checkpoint)
     else:
         chosen = recipes.get(recipe) if isinstance(recipe, str) else recipe
         name, types = chosen.name, chosen.assign(checkpoint)

@@ -127,7 +127,7 @@ def metadata(checkpoint: Checkpoint, file_type: str) -> list[Field]:
     if checkpoint.license:
         general.append(text("general.license", checkpoint.license))
     vocab_size = checkpoint.info("model.embed_tokens.weight").shape[0]
-    tokens = tokenizer.metadata(checkpoint.path, checkpoint.config, vocab_size)
+    tokens = tokenizer.metadata(checkpoint.path, checkpoint.config, vocab_size, spm_model=checkpoint.family.spm_model)
     return general + checkpoint.family.metadata(checkpoint.config) + tokens + own
 
 

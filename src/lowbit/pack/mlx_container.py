@@ -66,11 +66,12 @@ def write(
 
 
 def _check_shapes(checkpoint: Checkpoint, quantized: Mapping[str, MlxAffine]) -> None:
-    for spec in checkpoint.specs.values():
+    for name, grid in quantized.items():
+        spec = checkpoint.specs[name]
         if len(spec.shape) > 2:
-            raise Unsupported("lowbit does not write experts for MLX", where=spec.name, hint="--to gguf has them")
-        grid = quantized.get(spec.name)
-        if grid is not None and spec.shape[-1] % grid.block_size:
+            hint = "--to gguf has them, and --recipe bf16"
+            raise Unsupported("lowbit does not quantize experts for MLX", where=spec.name, hint=hint)
+        if spec.shape[-1] % grid.block_size:
             raise Unsupported(
                 f"rows are not a multiple of {grid.block_size}, which {grid.name} needs",
                 where=spec.name, found=spec.shape[-1], hint="Choose a float recipe such as f16",

@@ -37,6 +37,9 @@ KV_TYPES: dict[str, int] = {
     "iq4_nl": 20,
 }
 _LOGITS_BYTES = 128 * MIB
+_CONTEXT_HINT = "A smaller context or another KV type may work; LOWBIT_DEBUG=1 shows llama.cpp's log"
+_DRAFTER = "gemma4-assistant"
+_DRAFTER_HINT = "It is a drafter, which runs beside its target only: llama-server --model-draft"
 _UNQUANTIZED = ("f32", "f16", "bf16")
 
 
@@ -127,7 +130,7 @@ class LlamaCpp:
                 "llama.cpp cannot make a context for this model",
                 where=self.path,
                 found=self._llama.log.take() or None,
-                hint="A smaller context or another KV type may work; LOWBIT_DEBUG=1 shows llama.cpp's log",
+                hint=_DRAFTER_HINT if self.metadata.get("general.architecture") == _DRAFTER else _CONTEXT_HINT,
             )
         # llama.cpp rounds n_ctx up to a multiple of 256.
         padded = -(-self.context // 256) * 256

@@ -99,6 +99,15 @@ def decoder_tensors(
     )
 
 
+def multimodal_name(name: str, stored: Collection[str]) -> str:
+    """The name under which a folder holds tensor ``name`` of a text model that may be part of a multimodal one."""
+    for prefix in ("", "language_model.", "model.language_model."):
+        bare = name.removeprefix("model.") if prefix == "model.language_model." else name
+        if prefix + bare in stored:
+            return prefix + bare
+    return name
+
+
 class Family(ABC):
     """One family; subclasses set the class variables and write the methods."""
 
@@ -106,6 +115,7 @@ class Family(ABC):
     arch: ClassVar[str]  # GGUF's general.architecture
     model_types: ClassVar[tuple[str, ...]]
     architectures: ClassVar[tuple[str, ...]]
+    spm_model: ClassVar[str] = "llama"  # tokenizer.ggml.model of a tokenizer with byte fallback
 
     @abstractmethod
     def text_config(self, config: Mapping[str, Any], where: object) -> dict[str, Any]:
@@ -121,6 +131,10 @@ class Family(ABC):
 
     def ignorable(self, stored_name: str, config: Mapping[str, Any]) -> bool:
         """Whether a folder may hold this tensor although the text model has no use for it."""
+        return False
+
+    def unused_in_gguf(self, gguf_name: str, config: Mapping[str, Any]) -> bool:
+        """Whether a GGUF may hold this tensor although the text model has no use for it."""
         return False
 
     @abstractmethod
@@ -156,13 +170,14 @@ class Keys:
         value = self.config.get(key)
         return default if value is None else value
 
-    def size(self, key: str, default: int | None = None, most: int = _MAX_SIZE) -> int:
-        """A positive whole number."""
+    def size(self, key: str, default: int | None = None, most: int = _MAX_SIZE, least: int = 1) -> int:
+        """A whole number from ``least`` to ``most``."""
         value = self.get(key, self.defaults.get(key, default))
         if value is None:
             raise BadConfig(f"missing key {key}", where=self.where, expected="a positive whole number")
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
-            raise BadConfig(f"bad value for {key}", where=self.where, found=repr(value)[:60], expected=f"1 to {most}")
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            expected = f"{least} to {most}"
+            raise BadConfig(f"bad value for {key}", where=self.where, found=repr(value)[:60], expected=expected)
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -243,7 +258,7 @@ def rope_parameters(
     if kinds or kind not in allowed:
         raise Unsupported(f"{key} has an unsupported rope_type", where=where, found=kind, expected=list(allowed))
     result = {"rope_type": kind, "rope_theta": positive(f"{key}.rope_theta", rest.pop("rope_theta", theta), where)}
-    if rest.pop("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
+    if "partial_rotary_factor" not in allowed[kind] and rest.pop("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
         raise Unsupported("partial_rotary_factor is not supported", where=where)
     for number in allowed[kind]:
         if number not in rest:
@@ -272,6 +287,20 @@ class Gguf:
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _MAX_SIZE:
             what = f"bad value for {self.arch}.{key}"
             raise BadFile(what, where=self.where, found=repr(value)[:60], expected="a positive whole number")
+        return value
+
+    def count(self, key: str) -> int:
+        """A whole number that may be 0, and is where the key is absent."""
+        return 0 if self.get(key, 0) == 0 else self.size(key)
+
+    def each(self, key: str, n: int, default: int | None = None) -> list[int]:
+        """A positive whole number for each of ``n`` layers: an array, or one number for all."""
+        value = self.get(key, default)
+        if not isinstance(value, list):
+            return [self.size(key, default)] * n
+        if len(value) != n or not all(type(v) is int and 0 < v <= _MAX_SIZE for v in value):
+            what = f"bad value for {self.arch}.{key}"
+            raise BadFile(what, where=self.where, found=repr(value)[:60], expected=f"{n} positive whole numbers")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -306,3 +335,7 @@ def real(key: str, value: float) -> Field:
 
 def text(key: str, value: str) -> Field:
     return Field(key, value, GGUFValueType.STRING)
+
+
+def array(key: str, values: Sequence[Any], kind: GGUFValueType) -> Field:
+    return Field(key, list(values), GGUFValueType.ARRAY, kind)

@@ -17,6 +17,7 @@ from lowbit.checkpoint.families.base import (
     TensorSpec,
     decoder_tensors,
     mlx_rope,
+    multimodal_name,
     real,
     rope_parameters,
     text,
@@ -35,7 +36,6 @@ _DEFAULTS = {
     "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131_072,
     "rms_norm_eps": 1e-6, "query_pre_attn_scalar": 256, "sliding_window": 4096,
 }  # fmt: skip
-_PREFIXES = ("", "language_model.", "model.language_model.")
 _OTHER_PARTS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 _27B_LAYERS = 62
 
@@ -100,11 +100,7 @@ class Gemma3(Family):
         return decoder_tensors(layer, config["num_hidden_layers"], hidden, vocab, tied=tied, norm_offset=1.0)
 
     def stored_name(self, name: str, stored: Collection[str]) -> str:
-        for prefix in _PREFIXES:
-            bare = name.removeprefix("model.") if prefix == "model.language_model." else name
-            if prefix + bare in stored:
-                return prefix + bare
-        return name
+        return multimodal_name(name, stored)
 
     def ignorable(self, stored_name: str, config: Mapping[str, Any]) -> bool:
         tied = config.get("tie_word_embeddings") is not False
