@@ -186,6 +186,38 @@ def test_a_folder_of_mlx_lm(qat: Make, tmp_path: Path) -> None:
     assert len(same) > 40 and all(mx.array_equal(first[name], second[name]) for name in same)
 
 
+def test_experts(tiny_gemma4_moe: Make, synthesised: Callable[..., np.ndarray], tmp_path: Path) -> None:
+    """A lattice in 26B-A4B's experts: MLX has gate and up apart, and both are the source's rows, in every expert."""
+    folder, out, rng = tiny_gemma4_moe(), tmp_path / "mlx", np.random.default_rng(5)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if tensor.dim() > 1:
+            flat = (tensor.shape[:-1].numel(), tensor.shape[-1])
+            on = synthesised(rng, flat, rule="absmax/7", scales="BF16", group=32, dtype="BF16")
+            tensors[name] = torch.from_numpy(on).reshape(tensor.shape)
+        tensors[name] = tensors[name].bfloat16()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    result = lowbit.pack(folder, None, out, to="mlx", certificate=True)
+    assert result.certificate is not None
+    assert result.certificate.totals["exact"] == result.certificate.totals["blocks"]
+    _, values = in_mlx(out)
+    experts = "model.layers.1.experts"
+    gate_up, down = (tensors[f"{experts}.{name}"] for name in ("gate_up_proj", "down_proj"))
+    for name, expected in zip(("gate_proj", "up_proj"), gate_up.chunk(2, dim=1), strict=True):
+        found = torch.from_numpy(values[f"{experts}.switch_glu.{name}.weight"]).bfloat16()
+        assert torch.equal(found, expected) and found.dim() == 3
+    assert torch.equal(torch.from_numpy(values[f"{experts}.switch_glu.down_proj.weight"]).bfloat16(), down)
+    found = lowbit.inspect(out)
+    assert found["problem"] is None and found["weights"] == sum(tensor.numel() for tensor in tensors.values())
+    again = lowbit.pack(out, None, tmp_path / "again", to="mlx", certificate=True)  # code for code
+    assert again.certificate and again.certificate.totals["exact"] == again.certificate.totals["blocks"]
+    arrays = dict(mx.load(str(out / "model.safetensors")))
+    del arrays[f"{experts}.switch_glu.up_proj.scales"]
+    mx.save_safetensors(str(out / "model.safetensors"), arrays, {"format": "mlx"})
+    with pytest.raises(BadFile, match=r"switch_glu\.up_proj\.weight: codes and scales do not fit"):
+        open_checkpoint(out)
+
+
 def test_mlx_to_gguf(qat: Make, tmp_path: Path) -> None:
     """There and back: the codes of the lattice are in the GGUF as if it had been packed from the source."""
     folder = qat()

@@ -60,14 +60,18 @@ def test_mlx_gemma4(tiny_gemma4: Callable[..., Path], tmp_path: Path, record_pro
     compare(mlx_logits(tmp_path / "mlx", tokens), transformers_logits(folder, tokens), record_property, 1e-6)
 
 
-@pytest.mark.parametrize("layout", ["E2B", "31B", "12B"])
+@pytest.mark.parametrize("layout", ["E2B", "31B", "26B-A4B", "12B"])
 def test_quantized_mlx_gemma4(
     tiny_gemma4: Callable[..., Path], tmp_path: Path, record_property: Any, layout: str
 ) -> None:
-    folder, tokens = tiny_gemma4(layout), tokens_of()
-    lowbit.pack(folder, "mlx_affine4_g32", tmp_path / "mlx", certificate=True)
-    reference = transformers_logits(dequantized(tmp_path / "mlx", tmp_path / "plain"), tokens)
-    compare(mlx_logits(tmp_path / "mlx", tokens), reference, record_property, 1e-6)
+    """Experts too: what transformers has in one tensor, gate and up, MLX has in two."""
+    folder = tiny_gemma4(layout)
+    result = lowbit.pack(folder, "mlx_affine4_g32", tmp_path / "mlx", certificate=True)
+    assert result.certificate is not None
+    types = {tensor.name: tensor.type for tensor in result.certificate.tensors}
+    assert types.get("model.layers.0.experts.gate_up_proj", "mlx_affine4_g32") == "mlx_affine4_g32"
+    tokens = decided_tokens(plain := dequantized(tmp_path / "mlx", tmp_path / "plain"))
+    compare(mlx_logits(tmp_path / "mlx", tokens), transformers_logits(plain, tokens), record_property, 1e-6)
 
 
 @pytest.mark.parametrize("layout", ["E2B", "31B", "12B"])

@@ -97,4 +97,4 @@ def scale_rows(files: Files, part: str, start: int, stop: int) -> np.ndarray:
     raw, entry = files[part].read_rows(part, start, stop), files[part].entries[part]
     if entry.dtype == "F16":
         return raw.view("<f2")
-    return safetensors_file.to_float32(raw.reshape(-1), entry.dtype, (len(raw), entry.shape[1]), part)
+    return safetensors_file.to_float32(raw.reshape(-1), entry.dtype, (len(raw), entry.shape[-1]), part)

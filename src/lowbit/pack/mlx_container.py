@@ -17,6 +17,7 @@ import numpy as np
 from lowbit import grid as grids
 from lowbit.checkpoint import Checkpoint
 from lowbit.checkpoint.families.base import TensorSpec
+from lowbit.checkpoint.mlx_affine import modules_of, stored_parts
 from lowbit.errors import Unsupported
 from lowbit.grid._mlx_affine import MlxAffine
 from lowbit.grid.base import Blocks
@@ -68,9 +69,6 @@ def write(
 def _check_shapes(checkpoint: Checkpoint, quantized: Mapping[str, MlxAffine]) -> None:
     for name, grid in quantized.items():
         spec = checkpoint.specs[name]
-        if len(spec.shape) > 2:
-            hint = "--to gguf has them, and --recipe bf16"
-            raise Unsupported("lowbit does not quantize experts for MLX", where=spec.name, hint=hint)
         if spec.shape[-1] % grid.block_size:
             raise Unsupported(
                 f"rows are not a multiple of {grid.block_size}, which {grid.name} needs",
@@ -87,16 +85,15 @@ def _config(checkpoint: Checkpoint, quantized: Mapping[str, MlxAffine], preferre
         most = max(set(kinds), key=kinds.count)
         described: dict[str, Any] = {"group_size": most[0], "bits": most[1], "mode": "affine"}
         for name, (group, bits) in zip(quantized, kinds, strict=True):
-            if (group, bits) != most:
-                described[name.removesuffix(".weight")] = {"group_size": group, "bits": bits, "mode": "affine"}
+            for module in modules_of(name) if (group, bits) != most else ():
+                described[module] = {"group_size": group, "bits": bits, "mode": "affine"}
         # The second spelling is what model hubs look at.
         config |= {"quantization": described, "quantization_config": described}
     return dict(sorted(config.items()))
 
 
 def _names(spec: TensorSpec) -> tuple[str, ...]:
-    module = spec.name.removesuffix(".weight")
-    return spec.name, f"{module}.scales", f"{module}.biases"
+    return tuple(part for module in modules_of(spec.name) for part in stored_parts(module))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,14 +135,28 @@ def _parts(spec: TensorSpec, grid: MlxAffine, found: list[_Group], preferred: st
     others = [part[~group.exact] for group in found for part in (group.scales, group.mins)]
     dtype = model_folder.scale_dtype(kept, others, preferred)
     n_groups = spec.shape[-1] // grid.block_size
-    words, scales, biases = _names(spec)
-    yield Part(
-        name=words, dtype="U32", shape=(spec.shape[0], n_groups * grid.block_size * grid.bits // 32),
-        arrays=[group.words for group in found],
-    )  # fmt: skip
-    for name, arrays in ((scales, [g.scales for g in found]), (biases, [g.mins for g in found])):
-        stored = [model_folder.as_bytes(array, dtype) for array in arrays]
-        yield Part(name=name, dtype=dtype, shape=(spec.shape[0], n_groups), arrays=stored)
+    n_words = n_groups * grid.block_size * grid.bits // 32
+    words, scales, biases = (
+        [group.words for group in found],
+        [model_folder.as_bytes(group.scales, dtype) for group in found],
+        [model_folder.as_bytes(group.mins, dtype) for group in found],
+    )
+    modules = modules_of(spec.name)
+    for i, module in enumerate(modules):
+        for name, kind, width, arrays in zip(
+            stored_parts(module),
+            ("U32", dtype, dtype),
+            (n_words, n_groups, n_groups),
+            (words, scales, biases),
+            strict=True,
+        ):
+            *lead, rows = spec.shape[:-1]
+            shape = (*lead, rows // len(modules), width)
+            if len(modules) > 1:  # each expert's rows are shared out
+                shared = np.concatenate(arrays).reshape(*lead, len(modules), -1)[:, i]
+                yield Part(name=name, dtype=kind, shape=shape, arrays=[shared])
+            else:
+                yield Part(name=name, dtype=kind, shape=shape, arrays=arrays)
 
 
 def _rounded(rows: np.ndarray, grid: MlxAffine, dtype: str, *, naive: bool) -> tuple[Blocks, np.ndarray]:
