@@ -16,7 +16,10 @@ from lowbit.pack import lattice
 def file_rows(checkpoint: Checkpoint, spec: TensorSpec, start: int, stop: int) -> np.ndarray:
     """Rows of the tensor seen as (rows, n), a vector as one row: float32 (stop - start, n). Raises BadFile on NaN or
     Inf."""
-    values = pick_rows(spec.gguf_rows(), start, stop, lambda a, b: checkpoint.read_rows(spec.name, a, b))
+    is_vector = len(spec.shape) == 1
+    values = pick_rows(
+        spec.gguf_rows(), start, stop, lambda a, b: checkpoint.read_rows(spec.name, a, b), of_vector=is_vector
+    )
     if spec.gguf_offset:
         values += np.float32(spec.gguf_offset)
     grids.check_finite(values, f"{checkpoint.path}: {spec.name}")
@@ -27,7 +30,7 @@ def row_slices(spec: TensorSpec, weights: int) -> Iterator[tuple[int, int]]:
     """(start, stop) of slices of about ``weights`` weights, at least a row; whole heads where the file reorders rows
     within a head, so that none is read twice."""
     rows = spec.n_rows
-    unit = rows // spec.heads if spec.heads else 1
+    unit = rows // spec.heads if spec.heads and len(spec.shape) > 1 else 1
     step = max(1, weights // (spec.shape[-1] * unit)) * unit
     return ((start, min(rows, start + step)) for start in range(0, rows, step))
 
