@@ -194,7 +194,10 @@ class GgufCheckpoint(Checkpoint):
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         spec = self._spec(name)
-        values = pick_rows(spec.hf_rows(), start, stop, lambda a, b: self._decode(spec.gguf_name, a, b))
+        is_vector = len(spec.shape) == 1
+        values = pick_rows(
+            spec.hf_rows(), start, stop, lambda a, b: self._decode(spec.gguf_name, a, b), of_vector=is_vector
+        )
         return values - np.float32(spec.gguf_offset) if spec.gguf_offset else values
 
     def block_rows(self, name: str, start: int, stop: int) -> np.ndarray | None:
