@@ -250,7 +250,6 @@ def test_a_file_shortened_while_it_is_read(tiny_llama: Callable[..., Path]) -> N
         with pytest.raises(BadFile, match=r"model\.safetensors: \S+: the file was shortened"):
             for name in checkpoint.names:
                 checkpoint.read(name)
-                checkpoint.read(name)
 
 
 def test_biases_of_reordered_heads_come_back(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
