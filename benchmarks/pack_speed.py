@@ -1,17 +1,18 @@
 """How fast Q4_0 packing is against llama.cpp's own llama-quantize, whole commands in pairs.
 
-    python benchmarks/pack_speed.py --llama-quantize PATH [--threads N ...] [--pairs N] [--rule R] [--model FOLDER]
+    python benchmarks/pack_speed.py --llama-quantize PATH [--threads N ...] [--pairs N] [--certificate]
+        [--model llama-1b | smollm2-135m] [--rule R]
 
-The model is made for it: TinyLlama-1.1B's shapes, random BF16 weights (2.2 GB), once on no lattice and once on one; or
-FOLDER, a Hugging Face folder or GGUF, then only rounding is timed. llama-quantize reads the same weights from a BF16
-GGUF. Of each pair the commands follow one another, in an order that turns. A ratio is a command's seconds over
-llama-quantize's in the same pair: the median with its 95% bootstrap interval, of wall time and of CPU time, which a
-busy neighbour moves less. Interpreter start, imports and lowbit's fsync before the file takes its name are all in it;
-llama-quantize does not sync.
+The model is made for it: random BF16 weights in the shapes of TinyLlama-1.1B (2.2 GB) or SmolLM2-135M, once on no
+lattice and once on one. llama-quantize reads the same weights from a BF16 GGUF. Of each pair the commands follow one
+another, in an order that turns. A ratio is a command's seconds over llama-quantize's in the same pair: the median with
+its 95% bootstrap interval, of wall time and of CPU time, which a busy neighbour moves less. Interpreter start, imports
+and lowbit's fsync before the file takes its name are all in it; llama-quantize does not sync.
 
     naive           lowbit.pack(..., naive=True): llama-quantize's own rounding; the tensors are compared byte by byte
-    recovery        lowbit.pack(...) of a checkpoint on the lattice
-    + certificate   the same with certificate=True, as `lowbit pack` always does
+    recovery        lowbit.pack(...) of the checkpoint on a lattice
+    off lattice     lowbit.pack(...) of the other one, where the search finds nothing in any block
+    + certificate   the same with certificate=True, as `lowbit pack` always does; only with --certificate
 
 llama-quantize, from the source that llama-cpp-python vendors:
 
@@ -49,8 +50,9 @@ def main() -> int:
     parser.add_argument("--llama-quantize", metavar="PATH", default=os.environ.get("LLAMA_QUANTIZE"))
     parser.add_argument("--threads", metavar="N", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--pairs", metavar="N", type=int, default=5)
+    parser.add_argument("--certificate", action="store_true", help="time packing with the certificate too")
+    parser.add_argument("--model", choices=("llama-1b", "smollm2-135m"), default="llama-1b")
     parser.add_argument("--rule", choices=synthetic.RULES, default="absmax/7", help="of the lattice")
-    parser.add_argument("--model", metavar="FOLDER", help="a model of yours, on no lattice")
     parser.add_argument("--folder", metavar="DIR", help="where 8 GB of files go for the time of the run")
     args = parser.parse_args()
     if not args.llama_quantize or not Path(args.llama_quantize).is_file():
@@ -65,21 +67,18 @@ def main() -> int:
 
 
 def run(folder: Path, args: argparse.Namespace) -> None:
-    sources = {"naive": Path(args.model) if args.model else folder / "plain"}
-    if not args.model:
-        synthetic.make(folder / "plain", synthetic.CONFIGS["llama-1b"])
-        sources["recovery"] = folder / "lattice"
-        synthetic.make(folder / "lattice", synthetic.CONFIGS["llama-1b"], rule=args.rule)
-    baseline = lowbit.pack(sources["naive"], "bf16", folder / "bf16.gguf")
-    print(f"{args.model or 'synthetic'}: {baseline.n_weights:,} weights, {baseline.size_bytes:,} bytes of BF16 GGUF")
+    config = synthetic.CONFIGS[args.model]
+    synthetic.make(folder / "plain", config)
+    synthetic.make(folder / "lattice", config, rule=args.rule)
+    baseline = lowbit.pack(folder / "plain", "bf16", folder / "bf16.gguf")
+    print(f"{args.model}: {baseline.n_weights:,} weights, {baseline.size_bytes:,} bytes of BF16 GGUF")
     print(f"{platform.machine()}, numpy {np.__version__}, lattice {args.rule}, {args.pairs} pairs", flush=True)
     for threads in args.threads:
-        commands = {
-            "llama-quantize": [args.llama_quantize, folder / "bf16.gguf", folder / "theirs.gguf", "q4_0", threads]
-        }
-        for name, source in sources.items():
-            for more in ([], ["certificate"]):
-                words = [sys.executable, "-c", PACK, source, folder / f"{name}.gguf", threads, name, *more]
+        theirs = [args.llama_quantize, folder / "bf16.gguf", folder / "theirs.gguf", "q4_0", threads]
+        commands = {"llama-quantize": theirs}
+        for name, source in (("naive", "plain"), ("recovery", "lattice"), ("off lattice", "plain")):
+            for more in ([], ["certificate"])[: 1 + args.certificate]:
+                words = [sys.executable, "-c", PACK, folder / source, folder / f"{name}.gguf", threads, name, *more]
                 commands[f"{name} + certificate" if more else name] = words
         show(threads, commands, measure(commands, args.pairs))
         compare(folder / "theirs.gguf", folder / "naive.gguf")

@@ -19,6 +19,12 @@ from lowbit.pack import lattice
 
 # config.json of models that exist, in what decides about their tensors.
 CONFIGS: dict[str, dict[str, Any]] = {
+    # HuggingFaceTB/SmolLM2-135M
+    "smollm2-135m": {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 49152, "hidden_size": 576,
+        "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+        "max_position_embeddings": 8192, "rms_norm_eps": 1e-05, "tie_word_embeddings": True,
+    },
     # TinyLlama-1.1B
     "llama-1b": {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32000, "hidden_size": 2048,

@@ -142,8 +142,9 @@ class _Run:
 
     def pack_baselines(self) -> None:
         """The reference, and what llama-quantize makes of it."""
-        self._stage("reference", self.reference, lambda: pack(self.checkpoint, "source", self.reference))
-        self._stage("naive", self.naive, lambda: pack(self.checkpoint, self.options.recipe, self.naive, naive=True))
+        self._stage("reference", self.reference, lambda: self._pack(self.checkpoint, "source", self.reference))
+        recipe = self.options.recipe
+        self._stage("naive", self.naive, lambda: self._pack(self.checkpoint, recipe, self.naive, naive=True))
 
     def train(self) -> None:
         """Sampling, calibration and distillation, which keep a ledger of their own."""
@@ -157,11 +158,13 @@ class _Run:
 
     def pack_trained(self) -> None:
         """The start of training and its end, with the codes and scales that training left."""
+        recipe = self.options.recipe
         if self.options.start == "calibrated":
-            self._stage(
-                "calibrated", self.calibrated, lambda: pack(self.trained.start, self.options.recipe, self.calibrated)
-            )
-        self._stage("pack", self.product, lambda: pack(self.trained.path, self.options.recipe, self.product))
+            self._stage("calibrated", self.calibrated, lambda: self._pack(self.trained.start, recipe, self.calibrated))
+        self._stage("pack", self.product, lambda: self._pack(self.trained.path, recipe, self.product))
+
+    def _pack(self, checkpoint: Checkpoint | Path, recipe: str, out: Path, *, naive: bool = False) -> None:
+        pack(checkpoint, recipe, out, naive=naive, threads=self.options.threads)
 
     def measure(self, text: Path, speed: bool, chunks: int | None) -> None:
         """Every artifact in llama.cpp against the reference, on text that training never saw."""

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+from lowbit.errors import BadOption
 from lowbit.units import MIB
 
 _CPUS = Path("/sys/devices/system/cpu")
@@ -61,6 +62,13 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, 32 * MIB)
         mallopt(_M_TRIM_THRESHOLD, 64 * MIB)
+
+
+def thread_count(asked: int | None) -> int:
+    """How many threads to use: what the user asks for, or by default one a core. Raises BadOption below 1."""
+    if asked is not None and asked < 1:
+        raise BadOption("bad value for threads", found=asked, expected="a whole number from 1 up")
+    return available_cores() if asked is None else asked
 
 
 def available_cores() -> int:

@@ -83,6 +83,13 @@ def test_the_bytes_do_not_depend_on_the_threads(
     assert len(made) == 1
 
 
+@pytest.mark.parametrize("threads", [0, -1])
+def test_no_threads(model: Path, tmp_path: Path, threads: int) -> None:
+    with pytest.raises(BadOption, match=f"threads; found {threads}; expected a whole number from 1 up"):
+        lowbit.pack(model, "q4_0", tmp_path / "x.gguf", threads=threads)
+    assert not list(tmp_path.glob("x.gguf*"))
+
+
 def killed_at(model: Path, out: Path, calls: int) -> bool:
     """Packs in a fork that kills itself at its ``calls``-th system call that writes, half-way through every other
     write. Whether it came so far."""

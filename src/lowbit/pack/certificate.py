@@ -22,7 +22,7 @@ from lowbit.checkpoint.model import read_json
 from lowbit.errors import BadFile, NotFound, Unsupported
 from lowbit.pack import model_folder
 from lowbit.pack.proof import FolderTensor, GgufTensor, Tensor, TensorProof, prove_tensors
-from lowbit.threads import available_cores, in_order, keep_freed_memory
+from lowbit.threads import in_order, keep_freed_memory, thread_count
 
 FORMAT = "lowbit-certificate/1"
 SUFFIX = ".certificate.json"
@@ -100,7 +100,7 @@ def prove(artifact: Path, source: Checkpoint, *, final: Path | None = None, thre
     Raises BadFile and Unsupported.
     """
     keep_freed_memory()
-    label, threads = final or artifact, threads or available_cores()
+    label, threads = final or artifact, thread_count(threads)
     with contextlib.closing(_open(artifact, source)) as opened:
         tensors = prove_tensors(_tensors(opened, source, str(label)), source.n_weights, threads)
         tensors += [
@@ -134,7 +134,7 @@ def _extra(opened: GgufFile | Checkpoint, source: Checkpoint) -> list[tuple[str,
 
 def source_sha256(source: Checkpoint, *, threads: int | None = None) -> str:
     """SHA-256 of the source's one file; of several, that of the text `sha256sum *.safetensors` prints in the folder."""
-    return _joined(_source_files(source), _sha256(_source_files(source), threads or available_cores()))
+    return _joined(_source_files(source), _sha256(_source_files(source), thread_count(threads)))
 
 
 def _source_files(source: Checkpoint) -> list[Path]:
@@ -168,7 +168,7 @@ def _stated(artifact: Path) -> dict[str, Any] | None:
     stated = read_json(path, BadFile)
     if stated.get("format") != FORMAT:
         raise BadFile("not a certificate", where=path, found=str(stated.get("format"))[:40], expected=FORMAT)
-    found = _joined(_hashed(artifact), _sha256(_hashed(artifact), available_cores()))
+    found = _joined(_hashed(artifact), _sha256(_hashed(artifact), thread_count(None)))
     if stated.get("artifact_sha256") != found:
         raise BadFile(
             "the certificate is of another file, or the file was changed since",

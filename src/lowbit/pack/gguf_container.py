@@ -7,7 +7,7 @@ import functools
 import hashlib
 import io
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from lowbit.grid.base import Grid
 from lowbit.pack import lattice, tokenizer
 from lowbit.pack.partial import Partial, resumable
 from lowbit.pack.rows import file_rows, precision_of, row_slices
-from lowbit.threads import available_cores, in_order, keep_freed_memory
+from lowbit.threads import in_order, keep_freed_memory, thread_count
 
 RECIPE = "q4_0"
 # llama.cpp's LLAMA_FTYPE_*: what `general.file_type` says a file mostly is.
@@ -58,6 +58,7 @@ def write(
     do not depend on ``threads``. check: is given the whole file before it takes its name, and may refuse it by raising.
     """
     keep_freed_memory()
+    workers = thread_count(threads)
     fields = metadata(checkpoint, file_type)
     computed = checkpoint.family.computed(checkpoint.config)
     specs = checkpoint.specs
@@ -77,11 +78,11 @@ def write(
     with resumable(out, size, start, specs, asked) as file:
         if file.done:
             console.log(f"{out}: going on, {len(file.done)} of {len(specs)} tensors are there")
-        missing = {spec: at for spec, at in zip(specs.values(), offsets, strict=False) if spec.name not in file.done}
+        missing = [pair for pair in zip(specs.values(), offsets, strict=False) if pair[0].name not in file.done]
         jobs = _jobs(checkpoint, missing, types, file, naive=naive)
         with (
-            console.progress("Packing", sum(math.prod(spec.shape) for spec in missing), "weights") as bar,
-            contextlib.closing(in_order(jobs, threads or available_cores())) as finished,
+            console.progress("Packing", sum(math.prod(spec.shape) for spec, _ in missing), "weights") as bar,
+            contextlib.closing(in_order(jobs, workers)) as finished,
         ):
             for spec, rows, is_last in finished:
                 bar.advance(rows * spec.shape[-1])
@@ -94,16 +95,22 @@ def write(
 
 
 def _jobs(
-    checkpoint: Checkpoint, offsets: Mapping[TensorSpec, int], types: Mapping[str, str], file: Partial, *, naive: bool
+    checkpoint: Checkpoint,
+    tensors: Iterable[tuple[TensorSpec, int]],
+    types: Mapping[str, str],
+    file: Partial,
+    *,
+    naive: bool,
 ) -> Iterator[Callable[[], tuple[TensorSpec, int, bool]]]:
-    """For each slice of each tensor, what encodes and writes it: its tensor, its rows, whether it is the last."""
+    """For each slice of each tensor, what encodes it and writes it from the tensor's offset on: gives its tensor, its
+    rows, whether it is the last."""
 
     def job(spec: TensorSpec, encode: Encoder, at: int, start: int, stop: int) -> tuple[TensorSpec, int, bool]:
         raw = np.ascontiguousarray(encode(start, stop)).view(np.uint8)
         file.write(at + start * (raw.size // (stop - start)), raw.reshape(-1).data)
         return spec, stop - start, stop == spec.n_rows
 
-    for spec, at in offsets.items():
+    for spec, at in tensors:
         encode = encoder(checkpoint, spec, grids.get(types[spec.name]), naive=naive)
         for start, stop in row_slices(spec, _SLICE_WEIGHTS):
             yield functools.partial(job, spec, encode, at, start, stop)

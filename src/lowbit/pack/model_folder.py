@@ -24,7 +24,7 @@ from lowbit.errors import NotFound
 from lowbit.files import replacing_folder, write_json
 from lowbit.pack import identify, lattice
 from lowbit.pack.rows import plain_rows, row_slices
-from lowbit.threads import available_cores, in_order, keep_freed_memory
+from lowbit.threads import in_order, keep_freed_memory, thread_count
 
 T = TypeVar("T")
 
@@ -91,7 +91,7 @@ def write(
 def each_slice(spec: TensorSpec, job: Callable[[int, int], T], threads: int | None) -> list[T]:
     """``job(start, stop)`` of slices of a tensor's rows, several at a time; results in the order of the rows."""
     jobs = (functools.partial(job, *rows) for rows in row_slices(spec, SLICE_WEIGHTS))
-    return list(in_order(jobs, threads or available_cores()))
+    return list(in_order(jobs, thread_count(threads)))
 
 
 def float_part(checkpoint: Checkpoint, spec: TensorSpec, grid: str, preferred: str) -> Part:

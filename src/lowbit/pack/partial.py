@@ -86,9 +86,9 @@ def resumable(
     gone on with only if this is equal, and discarded otherwise. Interrupted or killed, it stays; any error removes it.
     Raises CannotWrite, and BadOption where another process is writing the same file.
     """
-    partial = final.with_name(final.name + ".partial")
     try:
         files.prepare_place(final)
+        partial = final.with_name(final.name + ".partial")
         with _claimed(journal_of(partial), final) as journal:
             try:
                 file = _begin(partial, size, start, parts, asked, journal)
