@@ -194,13 +194,12 @@ def tiny_gemma3(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def save_tiny_gemma4(folder: Path, config: Any, *, tokenizer: bool = True) -> Any:
-    model = save_tiny(folder, config, tokenizer=False, adjust=as_gemma4)
-    if tokenizer:
-        (folder / "tokenizer.json").write_text(json.dumps(gemma4_tokenizer()), encoding="utf-8")
-        settings = gemma4_tokenizer_settings() | {"chat_template": "{{ messages[0]['content'] }}"}
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    return model
+def save_tiny_gemma4(folder: Path, config: Any) -> None:
+    """As ``save_tiny``, with Gemma 4's tokenizer."""
+    save_tiny(folder, config, tokenizer=False, adjust=as_gemma4)
+    (folder / "tokenizer.json").write_text(json.dumps(gemma4_tokenizer()), encoding="utf-8")
+    settings = gemma4_tokenizer_settings() | {"chat_template": "{{ messages[0]['content'] }}"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
 @pytest.fixture
@@ -210,7 +209,7 @@ def tiny_gemma4(tmp_path: Path) -> Callable[..., Path]:
     layout: 'E2B', '31B', '26B-A4B' or '12B'. multimodal: as the text part of a model with vision (and audio).
     """
 
-    def make(layout: str, *, multimodal: bool = False, tokenizer: bool = True, **changes: Any) -> Path:
+    def make(layout: str, *, multimodal: bool = False, **changes: Any) -> Path:
         import transformers
 
         kind = "Gemma4Unified" if layout == "12B" else "Gemma4"
@@ -226,7 +225,7 @@ def tiny_gemma4(tmp_path: Path) -> Callable[..., Path]:
             whole = getattr(transformers, f"{kind}Config")
             config = whole(text_config=config.to_dict(), vision_config=vision, audio_config=audio)
         folder = tmp_path / f"gemma4-{layout}"
-        save_tiny_gemma4(folder, config, tokenizer=tokenizer)
+        save_tiny_gemma4(folder, config)
         return folder
 
     return make
