@@ -100,8 +100,9 @@ def gemma4_tokenizer() -> dict[str, Any]:
 def gemma4_tokenizer_settings() -> dict[str, Any]:
     """The keys of Gemma 4's tokenizer_config.json that name tokens."""
     names = {f"{word.strip('<>')}_token": word for word in GEMMA4_SPECIAL[:5]}
-    others = {"sot_token": "<|turn>", "eot_token": "<turn|>", "soc_token": "<|channel>", "eoc_token": "<channel|>"}
-    return names | others | {"tokenizer_class": "GemmaTokenizer"}
+    others = dict(zip(("std", "etd", "stc", "etc", "str", "etr", "escape", "think"), GEMMA4_SPECIAL[5:], strict=False))
+    others |= {"soc": "<|channel>", "eoc": "<channel|>", "sot": "<|turn>", "eot": "<turn|>"}
+    return names | {f"{key}_token": word for key, word in others.items()} | {"tokenizer_class": "GemmaTokenizer"}
 
 
 def as_gemma4(model: Any) -> None:
