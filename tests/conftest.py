@@ -100,8 +100,9 @@ def gemma4_tokenizer() -> dict[str, Any]:
 def gemma4_tokenizer_settings() -> dict[str, Any]:
     """The keys of Gemma 4's tokenizer_config.json that name tokens."""
     names = {f"{word.strip('<>')}_token": word for word in GEMMA4_SPECIAL[:5]}
-    others = {"sot_token": "<|turn>", "eot_token": "<turn|>", "soc_token": "<|channel>", "eoc_token": "<channel|>"}
-    return names | others | {"tokenizer_class": "GemmaTokenizer"}
+    others = dict(zip(("std", "etd", "stc", "etc", "str", "etr", "escape", "think"), GEMMA4_SPECIAL[5:], strict=False))
+    others |= {"soc": "<|channel>", "eoc": "<channel|>", "sot": "<|turn>", "eot": "<turn|>"}
+    return names | {f"{key}_token": word for key, word in others.items()} | {"tokenizer_class": "GemmaTokenizer"}
 
 
 def as_gemma4(model: Any) -> None:
@@ -194,13 +195,12 @@ def tiny_gemma3(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def save_tiny_gemma4(folder: Path, config: Any, *, tokenizer: bool = True) -> Any:
-    model = save_tiny(folder, config, tokenizer=False, adjust=as_gemma4)
-    if tokenizer:
-        (folder / "tokenizer.json").write_text(json.dumps(gemma4_tokenizer()), encoding="utf-8")
-        settings = gemma4_tokenizer_settings() | {"chat_template": "{{ messages[0]['content'] }}"}
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    return model
+def save_tiny_gemma4(folder: Path, config: Any) -> None:
+    """As ``save_tiny``, with Gemma 4's tokenizer."""
+    save_tiny(folder, config, tokenizer=False, adjust=as_gemma4)
+    (folder / "tokenizer.json").write_text(json.dumps(gemma4_tokenizer()), encoding="utf-8")
+    settings = gemma4_tokenizer_settings() | {"chat_template": "{{ messages[0]['content'] }}"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
 @pytest.fixture
@@ -210,7 +210,7 @@ def tiny_gemma4(tmp_path: Path) -> Callable[..., Path]:
     layout: 'E2B', '31B', '26B-A4B' or '12B'. multimodal: as the text part of a model with vision (and audio).
     """
 
-    def make(layout: str, *, multimodal: bool = False, tokenizer: bool = True, **changes: Any) -> Path:
+    def make(layout: str, *, multimodal: bool = False, **changes: Any) -> Path:
         import transformers
 
         kind = "Gemma4Unified" if layout == "12B" else "Gemma4"
@@ -226,7 +226,7 @@ def tiny_gemma4(tmp_path: Path) -> Callable[..., Path]:
             whole = getattr(transformers, f"{kind}Config")
             config = whole(text_config=config.to_dict(), vision_config=vision, audio_config=audio)
         folder = tmp_path / f"gemma4-{layout}"
-        save_tiny_gemma4(folder, config, tokenizer=tokenizer)
+        save_tiny_gemma4(folder, config)
         return folder
 
     return make

@@ -235,6 +235,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], type[LowbitError], str]] = {
     "no window": ("31B", {"layer_types": [_FULL] * 60}, Unsupported, "layer_types"),
     "too few layer types": ("31B", {"layer_types": [_FULL]}, BadConfig, "layer_types"),
     "layers of another kind": ("31B", {"layer_types": ["linear_attention"] * 60}, BadConfig, "layer_types"),
+    "layers of no kind": ("31B", {"layer_types": [[]] * 60}, BadConfig, "layer_types"),
     "sharing from another layer": ("E2B", {"num_kv_shared_layers": 19}, Unsupported, "num_kv_shared_layers"),
     "more sharing layers than layers": ("E2B", {"num_kv_shared_layers": 36}, BadConfig, "num_kv_shared_layers"),
     "nothing but sharing layers": ("E2B", {"num_kv_shared_layers": 35}, Unsupported, "35 of 35 layers share"),

@@ -101,7 +101,7 @@ def checked(config: Mapping[str, Any], where: object, defaults: Mapping[str, Any
 def checked_layer_types(given: Any, n_layers: int, where: object) -> list[str]:
     if given is None:
         given = [WINDOW if (i + 1) % 6 else FULL for i in range(n_layers)]
-    if not isinstance(given, list) or len(given) != n_layers or not set(given) <= {FULL, WINDOW}:
+    if not isinstance(given, list) or len(given) != n_layers or any(kind not in (FULL, WINDOW) for kind in given):
         expected = f"{n_layers} of {FULL} and {WINDOW}"
         raise BadConfig("bad value for layer_types", where=where, found=str(given)[:80], expected=expected)
     if given[-1] != FULL or WINDOW not in given:
