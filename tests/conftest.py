@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,31 @@ TINY_GEMMA3: dict[str, Any] = {
 }  # fmt: skip
 
 TINY_QWEN3: dict[str, Any] = TINY_LLAMA | {"head_dim": 32}
+
+# Gemma 4's layouts, each in the proportions of the released size that it is named after.
+TINY_GEMMA4: dict[str, Any] = {
+    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "global_head_dim": 64, "sliding_window": 16, "pad_token_id": 0,
+    "eos_token_id": 1, "bos_token_id": 2, "max_position_embeddings": 512, "final_logit_softcapping": 30.0,
+    "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0,
+}  # fmt: skip
+GEMMA4_LAYOUTS: dict[str, dict[str, Any]] = {
+    "E2B": {
+        "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 320, "num_kv_shared_layers": 3,
+        "use_double_wide_mlp": True, "num_key_value_heads": 1,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    },
+    "31B": {"num_global_key_value_heads": 1, "attention_k_eq_v": True},
+    "26B-A4B": {
+        "num_global_key_value_heads": 1, "attention_k_eq_v": True, "enable_moe_block": True, "num_experts": 8,
+        "top_k_experts": 2, "moe_intermediate_size": 32,
+    },
+    "12B": {"num_global_key_value_heads": 1, "attention_k_eq_v": True},
+}  # fmt: skip
+GEMMA4_SPECIAL = [
+    "<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>",
+    "<|tool_response>", "<tool_response|>", '<|"|>', "<|think|>", "<|channel>", "<channel|>", "<|turn>", "<turn|>",
+]  # fmt: skip
 
 
 def byte_tokenizer() -> dict[str, Any]:
@@ -53,7 +79,47 @@ def byte_tokenizer() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def save_tiny(folder: Path, config: Any, *, tokenizer: bool = True) -> Any:
+def gemma4_tokenizer() -> dict[str, Any]:
+    """A tokenizer.json in the shape of Gemma 4's, BPE with byte fallback, of 299 tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    characters = ["▁", "t", "h", "e", "i", "n", "a", "r", "g", "\n"]
+    merges = [("\n", "\n"), ("▁", "▁"), ("▁", "t"), ("h", "e"), ("▁t", "he"), ("i", "n"), ("▁", "a"), ("e", "r")]
+    words = [*GEMMA4_SPECIAL, *(f"<0x{b:02X}>" for b in range(256)), *characters, *("".join(m) for m in merges)]
+    vocab = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", vocab["<bos>"])])
+    tokenizer.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in GEMMA4_SPECIAL])
+    found: dict[str, Any] = json.loads(tokenizer.to_str())
+    return found
+
+
+def gemma4_tokenizer_settings() -> dict[str, Any]:
+    """The keys of Gemma 4's tokenizer_config.json that name tokens."""
+    names = {f"{word.strip('<>')}_token": word for word in GEMMA4_SPECIAL[:5]}
+    others = dict(zip(("std", "etd", "stc", "etc", "str", "etr", "escape", "think"), GEMMA4_SPECIAL[5:], strict=False))
+    others |= {"soc": "<|channel>", "eoc": "<channel|>", "sot": "<|turn>", "eot": "<turn|>"}
+    return names | {f"{key}_token": word for key, word in others.items()} | {"tokenizer_class": "GemmaTokenizer"}
+
+
+def as_gemma4(model: Any) -> None:
+    """Makes a random model's scales as a trained one's: Gemma 4 does not divide attention by the root of the head's
+    size, so the norms of queries and keys are small; and each layer has a scalar of its own."""
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("q_norm.weight", "k_norm.weight")):
+                parameter.mul_(0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.uniform_(0.7, 1.2)
+
+
+def save_tiny(folder: Path, config: Any, *, tokenizer: bool = True, adjust: Callable[[Any], None] | None = None) -> Any:
     """Saves a random model of ``config``'s class, norms and biases random too, and returns it, float32, in eval."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -66,6 +132,8 @@ def save_tiny(folder: Path, config: Any, *, tokenizer: bool = True) -> Any:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
             else:
                 parameter.copy_(torch.randn_like(parameter) * 0.15)
+    if adjust:
+        adjust(model)
     model.save_pretrained(folder)
     if tokenizer:
         (folder / "tokenizer.json").write_text(json.dumps(byte_tokenizer()), encoding="utf-8")
@@ -123,6 +191,89 @@ def tiny_gemma3(tmp_path: Path) -> Callable[..., Path]:
 
         save_tiny(tmp_path / "gemma3", Gemma3TextConfig(**TINY_GEMMA3 | changes))
         return tmp_path / "gemma3"
+
+    return make
+
+
+def save_tiny_gemma4(folder: Path, config: Any) -> None:
+    """As ``save_tiny``, with Gemma 4's tokenizer."""
+    save_tiny(folder, config, tokenizer=False, adjust=as_gemma4)
+    (folder / "tokenizer.json").write_text(json.dumps(gemma4_tokenizer()), encoding="utf-8")
+    settings = gemma4_tokenizer_settings() | {"chat_template": "{{ messages[0]['content'] }}"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
+@pytest.fixture
+def tiny_gemma4(tmp_path: Path) -> Callable[..., Path]:
+    """tiny_gemma4(layout, multimodal=False, **changes) saves a tiny Gemma 4 with a tokenizer and gives its folder.
+
+    layout: 'E2B', '31B', '26B-A4B' or '12B'. multimodal: as the text part of a model with vision (and audio).
+    """
+
+    def make(layout: str, *, multimodal: bool = False, **changes: Any) -> Path:
+        import transformers
+
+        kind = "Gemma4Unified" if layout == "12B" else "Gemma4"
+        config = getattr(transformers, f"{kind}TextConfig")(**TINY_GEMMA4 | GEMMA4_LAYOUTS[layout] | changes)
+        if multimodal:
+            vision: dict[str, Any] = {
+                "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                "num_key_value_heads": 2, "head_dim": 16,
+            }  # fmt: skip
+            if layout == "12B":
+                vision = {"mm_embed_dim": 64, "mm_posemb_size": 16, "output_proj_dims": 64}
+            audio = {"audio_embed_dim": 32} if layout == "12B" else None
+            whole = getattr(transformers, f"{kind}Config")
+            config = whole(text_config=config.to_dict(), vision_config=vision, audio_config=audio)
+        folder = tmp_path / f"gemma4-{layout}"
+        save_tiny_gemma4(folder, config)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def tiny_gemma4_moe(tiny_gemma4: Callable[..., Path]) -> Callable[..., Path]:
+    """tiny_gemma4_moe(**changes): two layers with experts."""
+    layers = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+    return functools.partial(tiny_gemma4, "26B-A4B", **layers)
+
+
+@pytest.fixture
+def tiny_gemma4_assistant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """tiny_gemma4_assistant(unified=False, backbone=64, **changes) saves a tiny drafter with a tokenizer and gives its
+    folder; changes are of the text config, but for those named after the drafter's own keys."""
+    import transformers
+
+    for config_class in (transformers.Gemma4TextConfig, transformers.Gemma4UnifiedTextConfig):
+        shared = config_class.kv_sharing_modes.fget
+
+        def modes(self: Any, shared: Callable[[Any], list[str | None]] = shared) -> list[str | None]:
+            # transformers 5.23 looks for layers that own what a drafter's all share, and finds none; and a target that
+            # shares nothing among its own layers does not keep keys and values for a drafter.
+            n, kinds = self.num_hidden_layers, self.layer_types
+            if self.num_kv_shared_layers == n:
+                return ["reuse"] * n
+            if self.num_kv_shared_layers == 0:
+                return ["store" if kind not in kinds[i + 1 :] else None for i, kind in enumerate(kinds)]
+            return shared(self)
+
+        monkeypatch.setattr(config_class, "kv_sharing_modes", property(modes))
+
+    def make(*, unified: bool = False, backbone: int = 64, ordered: bool = False, **changes: Any) -> Path:
+        own = {
+            "hidden_size": 32, "num_hidden_layers": 4, "num_kv_shared_layers": 4,
+            "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        }  # fmt: skip
+        kind = "Gemma4Unified" if unified else "Gemma4"
+        text = getattr(transformers, f"{kind}TextConfig")(**TINY_GEMMA4 | own | changes)
+        centroids = {"use_ordered_embeddings": True, "num_centroids": 16, "centroid_intermediate_top_k": 4}
+        config = getattr(transformers, f"{kind}AssistantConfig")(
+            text_config=text, backbone_hidden_size=backbone, **centroids if ordered else {}
+        )
+        folder = tmp_path / "drafter"
+        save_tiny_gemma4(folder, config)
+        return folder
 
     return make
 

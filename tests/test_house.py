@@ -33,7 +33,7 @@ ORDER = (
 RANK = {name: rank for rank, line in enumerate(ORDER) for name in line}
 # train and pack meet in a checkpoint on disk.
 APART = {("pack", "train")}
-HEAVY = ("torch", "transformers", "numpy", "gguf", "xllamacpp", "jinja2", "rich", "huggingface_hub")
+HEAVY = ("torch", "transformers", "numpy", "gguf", "xllamacpp", "jinja2", "rich", "huggingface_hub", "mlx", "mlx_lm")
 
 
 def modules() -> list[Path]:

@@ -60,6 +60,61 @@ def test_the_other_recipes_put_every_matrix_on_their_grid(name: str) -> None:
     assert assigned["norm"] == "f32"
 
 
+@pytest.mark.parametrize("group", [32, 64])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_of_an_mlx_recipe_has_8_bits(group: int, tied: bool) -> None:
+    assigned = recipe.get(f"mlx_affine4_g{group}").assign_specs(_model(tied=tied, row=576))
+    assert assigned["embed" if tied else "head"] == f"mlx_affine8_g{group}"
+    assert (assigned["q"], assigned["norm"]) == (f"mlx_affine4_g{group}", "f32")
+    assert set(recipe.get(f"mlx_affine8_g{group}").assign_specs(_model()).values()) == {f"mlx_affine8_g{group}", "f32"}
+
+
+@pytest.mark.parametrize("name", ["int4_g32", "int4_g128"])
+def test_an_int4_recipe_leaves_embedding_and_head(name: str) -> None:
+    assigned = recipe.get(name).assign_specs(_model(tied=False, row=512))
+    assert {n for n, grid_name in assigned.items() if grid_name == name} == {"q", "down"}
+    assert {assigned[n] for n in ("embed", "head", "norm")} == {"f32"}
+
+
+def _gemma4(tied: bool = True) -> list[Spec]:
+    """Gemma 4's tensors that other models do not have."""
+    head = [] if tied else [Spec("head", "output", (1000, 512))]
+    return [
+        Spec("embed", "embedding", (1000, 512)),
+        Spec("per layer", "per_layer_embedding", (1000, 768)),
+        Spec("model proj", "per_layer_model_proj", (768, 512)),
+        Spec("gate", "per_layer_gate", (256, 512)),
+        Spec("router", "router", (8, 512)),
+        Spec("router scale", "scale", (512,)),
+        Spec("gate up", "experts_gate_up", (8, 1024, 512)),
+        Spec("down", "experts_down", (8, 512, 512)),
+        *head,
+    ]
+
+
+def test_gemma_4_as_llama_quantize_makes_it() -> None:
+    assigned = recipe.get("q4_0").assign_specs(_gemma4())
+    assert assigned == {
+        "embed": "q6_k", "per layer": "q6_k", "model proj": "f32", "gate": "q4_0", "router": "f32",
+        "router scale": "f32", "gate up": "q4_0", "down": "q4_0",
+    }  # fmt: skip
+    untied = recipe.get("q4_0").assign_specs(_gemma4(tied=False))
+    assert (untied["embed"], untied["per layer"], untied["head"]) == ("q4_0", "q4_0", "q6_k")
+    assert recipe.get("f16").assign_specs(_gemma4())["model proj"] == "f16"
+    assert recipe.get("f16").assign_specs(_gemma4())["router"] == "f32"
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [("BF16", "bf16"), ("F16", "f16"), ("F32", "f32"), ("Q8_0", "f32")])
+def test_the_projection_of_all_layers_inputs_keeps_its_type(dtype: str, kept: str) -> None:
+    @dataclass(frozen=True)
+    class Stored(Spec):
+        dtype: str
+
+    tensor = Stored("model proj", "per_layer_model_proj", (768, 512), dtype)
+    for name in (*LOW_BIT, "q8_0"):
+        assert recipe.get(name).assign_specs([tensor]) == {"model proj": kept}
+
+
 def test_rows_that_are_not_whole_blocks_name_the_tensor() -> None:
     with pytest.raises(Unsupported, match="down: the rows are not whole q4_0 blocks; found rows of 48; expected a mul"):
         recipe.get("q4_0").assign_specs([Spec("down", "ffn_down", (64, 48))])

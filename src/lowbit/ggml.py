@@ -16,6 +16,7 @@ from gguf.constants import GGMLQuantizationType
 
 from lowbit import threads
 from lowbit.errors import BadFile, Unsupported
+from lowbit.grid.base import Grid
 
 _HINT = "Install it with: pip install 'xllamacpp>=2026.10,<2026.11'"
 _KNOWN = frozenset(int(member) for member in GGMLQuantizationType)
@@ -97,6 +98,13 @@ def dequantize(raw: np.ndarray, ggml_type: int, n: int) -> np.ndarray:
     if x.size:
         to_float(raw.ctypes.data, x.ctypes.data, x.size)
     return x
+
+
+def type_of(grid: Grid) -> int:
+    """A grid's number in ggml. Raises Unsupported for one of another library's."""
+    if grid.ggml_type is None:
+        raise Unsupported("GGUF does not have this format", found=grid.name)
+    return grid.ggml_type
 
 
 def type_size(ggml_type: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -12,8 +13,11 @@ import numpy as np
 from lowbit.checkpoint import Checkpoint, open_checkpoint, resolve
 from lowbit.checkpoint.gguf_file import GgufFile
 from lowbit.checkpoint.model import FORMAT, MANIFEST, read_json
-from lowbit.checkpoint.safetensors_file import Entry, SafetensorsFile, open_folder, to_float32
-from lowbit.errors import BadConfig, BadFile, LowbitError, NotFound
+from lowbit.checkpoint.packed import Scheme
+from lowbit.checkpoint.safetensors_file import SafetensorsFile, open_folder, to_float32
+from lowbit.checkpoint.schemes import scheme_of
+from lowbit.checkpoint.tensor_file import Entry
+from lowbit.errors import BadConfig, BadFile, LowbitError, NotFound, Unsupported
 from lowbit.pack import identify
 from lowbit.units import bits_per_weight
 from lowbit.verbs import make_callable
@@ -33,14 +37,17 @@ def inspect(model: str | Path) -> dict[str, Any]:
     """What ``model`` is: a GGUF of any architecture, a .safetensors file, a Hugging Face folder, a hub id or a name.
 
     The result is JSON as it stands:
-      path, kind ('gguf' or 'safetensors'), architecture (GGUF's word, 'llama'), name, license, tied;
-      tensors: [{name, shape (row-major), dtype, bytes; grid where the tensor has lowbit codes and scales; lattice where
+      path, kind ('gguf'; of folders 'safetensors', 'mlx' or 'compressed-tensors'), architecture (GGUF's word, 'llama'),
+        name, license, tied;
+      tensors: [{name, shape (row-major), dtype, bytes (of a matrix of MLX or compressed-tensors the weights' shape, the
+        format, 'mlx_affine4_g32' or 'int4_g32', and the bytes of all parts); grid where the tensor has lowbit codes
+        and scales; lattice where
         it is a matrix of BF16, F16 or F32: the 4-bit grid that its values sit on, told from a sample of its rows, or
         'none'}];
       types: {dtype: {count, weights, bytes}}; grids: {grid: tensors} of a checkpoint that lowbit trained; lattices:
         {lattice: tensors};
       weights, size_bytes (of the files with the tensors), bits_per_weight (the tensors' bytes only; None where
-      another tool has packed several weights into one stored integer);
+      weights are packed into integers in a way that lowbit does not know);
       layers, hidden_size, context_length, quantization as far as the file says;
       problem: why lowbit cannot work with it, or None.
     Raises NotFound, and BadFile where the file is truncated or its parts contradict each other.
@@ -57,13 +64,14 @@ def inspect(model: str | Path) -> dict[str, Any]:
         raise NotFound(f"cannot read: {error.strerror or error}", where=error.filename or path) from error
     found = {"path": str(path)} | found | {"problem": None}
     grids: Mapping[str, str] = found.pop("_grids", {})
+    countable = found["quantization"] is None or found["kind"] != "safetensors"
     try:
         with open_checkpoint(path) as checkpoint:
             _add_checkpoint(found, checkpoint)
     except LowbitError as error:
         found["problem"] = _utf8(str(error))
     lattices = {name: lattice for name in entries if (lattice := _lattice(entries[name], raw, name)) is not None}
-    return found | _summary(entries, grids, lattices, countable=found["quantization"] is None)
+    return found | _summary(entries, grids, lattices, countable=countable)
 
 
 def _gguf(path: Path) -> tuple[dict[str, Any], dict[str, Entry], Raw]:
@@ -97,8 +105,14 @@ def _folder(path: Path) -> tuple[dict[str, Any], dict[str, Entry], Raw]:
     text = text_config if isinstance(text_config, dict) else config
     quantization = config.get("quantization_config")
     method = quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else None
+    entries = {name: file.entries[name] for name, file in files.items()}
+    kind = "mlx" if any(file.metadata.get("format") == "mlx" for file in files.values()) else "safetensors"
+    with contextlib.suppress(Unsupported):  # which is the checkpoint's problem, and told as that
+        if (scheme := scheme_of(config, path / "config.json")) is not None:
+            kind, method = scheme.kind, "affine" if scheme.kind == "mlx" else method
+            entries = _matrices(scheme, files, entries)
     found: dict[str, Any] = {
-        "kind": "safetensors",
+        "kind": kind,
         "architecture": _text(config.get("model_type")),
         "name": path.resolve().name,
         "license": None,
@@ -108,7 +122,20 @@ def _folder(path: Path) -> tuple[dict[str, Any], dict[str, Entry], Raw]:
         "_grids": _trained_grids(path),
     }
     found |= {ours: _size(text.get(key)) for ours, _, key in _DIMENSIONS}
-    return found, {name: file.entries[name] for name, file in files.items()}, lambda name: files[name].raw(name)
+    return found, entries, lambda name: files[name].raw(name)
+
+
+def _matrices(scheme: Scheme, files: Mapping[str, SafetensorsFile], entries: dict[str, Entry]) -> dict[str, Entry]:
+    """``entries`` with one for each matrix in the place of its codes, scales and the like: format, shape, all its
+    bytes."""
+    whole = dict(entries)
+    for name in sorted(scheme.matrices(files)):
+        kind, shape = scheme.describe(files, name)
+        parts = [entries[part] for part in scheme.parts(name) if part in entries]
+        for part in scheme.parts(name):
+            whole.pop(part, None)
+        whole[name] = Entry(kind, shape, parts[0].start, sum(part.n_bytes for part in parts))
+    return whole
 
 
 def _trained_grids(folder: Path) -> dict[str, str]:

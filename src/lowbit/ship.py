@@ -30,7 +30,7 @@ from lowbit.inspect import inspect
 from lowbit.measure import MeasureOptions, measure
 from lowbit.measure.record import machine
 from lowbit.measure.text import check_text, chunks_of, read_text
-from lowbit.pack import pack, partial
+from lowbit.pack import containers, pack, partial
 from lowbit.report import PAGE, RECORD, read_record, render, report
 from lowbit.run.llama_cpp import LlamaCpp
 
@@ -63,6 +63,7 @@ def ship(
         raise BadOption("--text is held out, and --data is trained on", where=text, hint="Give two different texts")
     with open_checkpoint(model) as checkpoint:
         check_trainable(checkpoint, options.recipe)
+        containers.choose("gguf", recipes.get(options.recipe).weights)  # what is measured runs in llama.cpp
         run = _Run(checkpoint, Path(out), options, str(model))
         with run.claimed():
             run.pack_baselines()

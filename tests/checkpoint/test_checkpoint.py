@@ -250,3 +250,14 @@ def test_a_file_shortened_while_it_is_read(tiny_llama: Callable[..., Path]) -> N
         with pytest.raises(BadFile, match=r"model\.safetensors: \S+: the file was shortened"):
             for name in checkpoint.names:
                 checkpoint.read(name)
+
+
+def test_biases_of_reordered_heads_come_back(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    """GGUF reorders a bias's elements as it does the rows of its matrix."""
+    folder = tiny_llama(attention_bias=True, mlp_bias=True)
+    lowbit.pack(folder, "f32", tmp_path / "f32.gguf", certificate=True)
+    with open_checkpoint(folder) as source, open_checkpoint(tmp_path / "f32.gguf") as packed:
+        assert any(name.endswith("q_proj.bias") for name in source.names)
+        for name in source.names:
+            assert np.array_equal(packed.read(name), source.read(name)), name
+    assert lowbit.pack.verify(tmp_path / "f32.gguf", folder).totals["off_lattice"] == 0

@@ -1,10 +1,10 @@
-"""Makes the golden blocks: inputs.npy and, for every grid, what the ggml C library stores for them.
+"""Makes the golden blocks: inputs.npy and, for every grid, what the library that executes it stores for them.
 
     python tests/golden/make.py          writes the files beside this one
     python tests/golden/make.py --check  says whether they are what it would write
 
-inputs.npy: (len(KINDS) * ROWS, 256) float32; <grid>.npy: the same rows as bytes. The inputs are stored as well, so
-that a generator of random numbers may change.
+inputs.npy: (len(KINDS) * ROWS, 256) float32; <grid>.npy: the same rows as bytes (see libraries.py). The inputs are
+stored as well, so that a generator of random numbers may change.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from libraries import stored
 
-from lowbit import ggml, grid
+from lowbit import grid
 from lowbit.checkpoint import open_checkpoint
 
 HERE = Path(__file__).parent
@@ -59,7 +60,7 @@ def _real() -> np.ndarray:
 
 def main() -> int:
     x = inputs()
-    files = {"inputs": x} | {name: ggml.quantize(x, grid.get(name).ggml_type) for name in grid.names()}
+    files = {"inputs": x} | {name: stored(name, x) for name in grid.names()}
     stale = []
     for name, values in files.items():
         path = HERE / f"{name}.npy"
@@ -68,7 +69,7 @@ def main() -> int:
         elif not path.exists() or np.load(path).tobytes() != values.tobytes():
             stale.append(path.name)
     if stale:
-        print("not what the C library makes now:", ", ".join(stale))
+        print("not what the libraries make now:", ", ".join(stale))
     return bool(stale)
 
 

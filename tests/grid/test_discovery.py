@@ -29,6 +29,7 @@ BAD = {
     "GRID is a class": (GOOD.replace("Mine()", "Mine"), "needs GRID"),
     "without a method": (GOOD.replace("    def pack(self, blocks): return None\n", ""), "pack"),
     "without a variable": (GOOD.replace("name, ggml_type", "name, other"), "ggml_type"),
+    "a type in words": (GOOD.replace("99", "'q4'"), "ggml_type; expected int or NoneType"),
     "another name": (GOOD.replace('"mine"', '"yours"'), "name is its file's; found yours; expected mine"),
     "codes on one side": (GOOD + "\nMine.max_code = 7\n", "run from below to above zero; found 0..7"),
     "codes beyond int8": (GOOD + "\nMine.min_code, Mine.max_code = -8, 255\n", "int8"),
@@ -50,6 +51,11 @@ def test_a_new_file_is_a_new_grid(package: ModuleType) -> None:
     found = grid.discover(package)
     assert list(found) == ["mine"]
     assert found["mine"].bits_per_weight == 4
+
+
+def test_a_format_that_gguf_does_not_have(package: ModuleType) -> None:
+    (Path(package.__path__[0]) / "mine.py").write_text(GOOD.replace("99", "None"))
+    assert grid.discover(package)["mine"].ggml_type is None
 
 
 @pytest.mark.parametrize("fault", BAD)

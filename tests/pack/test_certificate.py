@@ -27,28 +27,6 @@ Make = Callable[..., Path]
 MATRIX = "model.layers.0.mlp.down_proj.weight"
 
 
-@pytest.fixture
-def qat(tiny_llama: Make, synthesised: Callable[..., np.ndarray]) -> Make:
-    """qat(rule=, scales=, dtype=) makes a folder whose matrices are as quantization-aware training stores them."""
-
-    def make(*, rule: str = "absmax/7", scales: str = "BF16", dtype: str = "BF16", **changes: Any) -> Path:
-        import torch
-        from safetensors.torch import load_file, save_file
-
-        folder = tiny_llama(num_hidden_layers=2, **changes)
-        kind = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[dtype]
-        tensors, rng = load_file(folder / "model.safetensors"), np.random.default_rng(5)
-        for name, tensor in tensors.items():
-            if tensor.dim() == 2:
-                values = synthesised(rng, tuple(tensor.shape), rule=rule, scales=scales, group=32, dtype=dtype)
-                tensor = torch.from_numpy(values)
-            tensors[name] = tensor.to(kind)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        return folder
-
-    return make
-
-
 @pytest.fixture(autouse=True)
 def loud() -> Iterator[None]:
     """No trace of --quiet in other tests."""
@@ -83,6 +61,32 @@ def test_a_checkpoint_packs_without_loss(
             assert (rounded(values, dtype) == (expected if order is None else expected[order])).all()
     types = {t["name"]: t["type"] for t in saved["tensors"]}
     assert types[MATRIX] == "q4_0" and types["lm_head.weight"] == "q8_0" and types["model.norm.weight"] == "f32"
+
+
+def test_experts_pack_without_loss(
+    tiny_gemma4_moe: Make, synthesised: Callable[..., np.ndarray], tmp_path: Path
+) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder, rng = tiny_gemma4_moe(), np.random.default_rng(5)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if tensor.dim() > 1 and "router" not in name:
+            matrix = (tensor.numel() // tensor.shape[-1], tensor.shape[-1])
+            values = synthesised(rng, matrix, rule="absmax/7", scales="BF16", group=32, dtype="BF16")
+            tensor = torch.from_numpy(values).reshape(tensor.shape)
+        tensors[name] = tensor.to(torch.bfloat16)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    _, saved = packed(folder, tmp_path / "x.gguf")
+    by_name = {tensor["name"]: tensor for tensor in saved["tensors"]}
+    for name in ("gate_up_proj", "down_proj"):
+        experts = by_name[f"model.layers.1.experts.{name}"]
+        assert (experts["type"], experts["exact"]) == ("q4_0", experts["blocks"])
+        assert experts["grid"] == "q4_0 absmax/7, bf16 scales, group 32"
+        assert experts["blocks"] == 8 * (64 * 2 if name == "gate_up_proj" else 64)
+    router = by_name["model.layers.1.router.proj.weight"]
+    assert (router["type"], router["exact"]) == ("f32", router["blocks"])
 
 
 def test_what_it_says(qat: Make, tmp_path: Path) -> None:
@@ -329,7 +333,7 @@ def test_pack_and_verify(qat: Make, tmp_path: Path) -> None:
         (["--source", "{model}", "{model}", "-o", "{new}"], "--source goes with --verify"),
         (["--verify", "{out}", "--source", "{model}", "-o", "{new}"], "--verify writes nothing"),
         (["--verify", "{out}", "--source", "{model}", "{model}"], "--verify writes nothing"),
-        (["--verify", "{model}", "--source", "{model}"], "no such file"),
+        (["--verify", "{new}", "--source", "{model}"], "no such file"),
         (["--verify", "{model}/config.json", "--source", "{model}"], "not a GGUF file"),
         (["--verify", "{out}", "--source", "{out}.none"], "no such model"),
         (["{model}"], "-o/--out"),

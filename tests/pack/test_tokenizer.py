@@ -105,3 +105,60 @@ def test_the_template_of_a_file_wins(folder: Path) -> None:
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
     change(folder, "tokenizer_config.json", chat_template=named)
     assert values(folder)["tokenizer.chat_template"] == "plain"
+
+
+@pytest.fixture
+def gemma4(tiny_gemma4: Callable[..., Path]) -> Path:
+    return tiny_gemma4("31B")
+
+
+def test_gemma_4_follows_its_merges(gemma4: Path) -> None:
+    """Keys, types and scores as llama.cpp's converter writes them."""
+    made = {field.key: field.value for field in packer.metadata(gemma4, {}, 320, spm_model="gemma4")}
+    tokens, types = made["tokenizer.ggml.tokens"], made["tokenizer.ggml.token_type"]
+    assert made["tokenizer.ggml.model"] == "gemma4"
+    assert "tokenizer.ggml.pre" not in made
+    assert made["tokenizer.ggml.merges"][:3] == ["\n \n", "▁ ▁", "▁ t"]
+    assert set(made["tokenizer.ggml.scores"]) == {-1000.0}
+    visible = {
+        "<|tool_call>",
+        "<tool_call|>",
+        "<|tool_response>",
+        "<tool_response|>",
+        '<|"|>',
+        "<|channel>",
+        "<channel|>",
+    }
+    assert {token for token, kind in zip(tokens, types, strict=True) if kind == 4} == visible
+    assert {token for token, kind in zip(tokens[:17], types, strict=False) if kind == 3} == set(tokens[:17]) - visible
+    assert types[17:273] == [6] * 256  # bytes
+    assert set(types[273:291]) == {1}
+    special = {"bos": 2, "eos": 1, "unknown": 3, "padding": 0, "mask": 4}
+    assert {key: made[f"tokenizer.ggml.{key}_token_id"] for key in special} == special
+    ends = ("add_bos_token", "add_eos_token", "add_space_prefix")
+    assert [made[f"tokenizer.ggml.{key}"] for key in ends] == [True, False, False]
+
+
+def test_gemma_4_always_has_bos(gemma4: Path) -> None:
+    """llama.cpp sets it so whatever the file says."""
+    change(gemma4, post_processor=None)
+    made = {field.key: field.value for field in packer.metadata(gemma4, {}, 320, spm_model="gemma4")}
+    assert made["tokenizer.ggml.add_bos_token"] is True
+
+
+def test_gemma_4_has_no_space_before_the_text(gemma4: Path) -> None:
+    normalizer = json.loads((gemma4 / "tokenizer.json").read_text("utf-8"))["normalizer"]
+    prepend = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, normalizer]}
+    change(gemma4, normalizer=prepend)
+    with pytest.raises(Unsupported, match="no space before the text for Gemma 4"):
+        packer.metadata(gemma4, {}, 320, spm_model="gemma4")
+
+
+def test_tokens_that_are_never_generated(gemma4: Path) -> None:
+    (gemma4 / "generation_config.json").write_text('{"suppress_tokens": [5, 6, 400]}')
+    assert values(gemma4)["tokenizer.ggml.suppress_tokens"] == [5, 6]
+    (gemma4 / "generation_config.json").write_text('{"suppress_tokens": null}')
+    assert "tokenizer.ggml.suppress_tokens" not in values(gemma4)
+    (gemma4 / "generation_config.json").write_text('{"suppress_tokens": ["5"]}')
+    with pytest.raises(BadFile, match="suppress_tokens is not a list of token ids"):
+        values(gemma4)

@@ -38,6 +38,8 @@ ADVERSARIAL = [
     "<div><p>html</p></div>\n\n\n\n<table>",
     "a" * 300,
     "naïve façade — “quotes” … ﬁ ﬀ ǅ ß ẞ İ ı",
+    '<|turn>user\nhi<turn|>\n<|turn>model\n<|channel>thought\n<channel|><|tool_call>call:f{x:<|"|>v<|"|>}<tool_call|>',
+    "\n\n\n \n\t\n▁\n" + "\n" * 31 + " </s> <|image|>" + "\n" * 32,
 ]
 # What a tokenizer.json of each kind says before its BPE.
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -84,6 +86,39 @@ def llama2_style(folder: Path) -> None:
     change(folder, normalizer={"type": "Sequence", "normalizers": [prepend, space]}, pre_tokenizer=None)
 
 
+# Gemma 4's added tokens by id; the names of Gemma 3's that stand there are gone.
+GEMMA4_ADDED = {
+    0: "<pad>", 1: "<eos>", 2: "<bos>", 3: "<unk>", 4: "<mask>", 46: "<|tool>", 47: "<tool|>", 48: "<|tool_call>",
+    49: "<tool_call|>", 50: "<|tool_response>", 51: "<tool_response|>", 52: '<|"|>', 98: "<|think|>",
+    100: "<|channel>", 101: "<channel|>", 105: "<|turn>", 106: "<turn|>", 212: "</s>", 255999: "<|image>",
+    256000: "<|audio>", 258880: "<|image|>", 258881: "<|audio|>", 258882: "<image|>", 258883: "<audio|>",
+    258884: "<|video|>",
+}  # fmt: skip
+
+
+def gemma4_style(folder: Path) -> None:
+    """Gemma 3's vocabulary as Gemma 4 has it: its own special tokens, all others without a place among the added
+    tokens, and the merges of those first, the longest first, as transformers' conversion orders equal scores."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    model, added = tokenizer["model"], tokenizer["added_tokens"]
+    words = {i: word for word, i in model["vocab"].items()} | GEMMA4_ADDED
+    model["vocab"] = {word: i for i, word in sorted(words.items())}
+    loose = {entry["content"] for entry in added if not entry["special"]}
+    merges = [tuple(merge) for merge in model["merges"]]
+    first = sorted((m for m in merges if "".join(m) in loose), key=lambda m: (len(m[0]), len(m[1])), reverse=True)
+    model["merges"] = [*first, *(m for m in merges if "".join(m) not in loose)]
+    special = [added[0] | {"id": i, "content": word} for i, word in GEMMA4_ADDED.items() if word != "</s>"]
+    change(folder, model=model, added_tokens=special)
+    from transformers import AutoModelForCausalLM, Gemma4TextConfig
+
+    config = Gemma4TextConfig(
+        vocab_size=262144, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=1,
+        num_key_value_heads=1, head_dim=32, global_head_dim=32, hidden_size_per_layer_input=0,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
 def change(folder: Path, **parts: Any) -> None:
     tokenizer = json.loads((folder / "tokenizer.json").read_text("utf-8")) | parts
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
@@ -93,13 +128,14 @@ def change(folder: Path, **parts: Any) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
 
 
-CASES: dict[str, tuple[str, Callable[[Path], None] | None, str]] = {
+CASES: dict[str, tuple[str, Callable[[Path], None] | None, str | None]] = {
     "smollm2, from its GGUF": ("smollm2-135m", None, "gpt-2"),
     "smollm2, as released": ("smollm2-135m", smollm_as_released, "smollm"),
     "llama 3 style": ("smollm2-135m", llama3_style, "llama-bpe"),
     "qwen style": ("smollm2-135m", qwen_style, "qwen2"),
     "gemma 3": ("gemma3-270m", None, "default"),
     "llama 2 style": ("gemma3-270m", llama2_style, "default"),
+    "gemma 4 style": ("gemma3-270m", gemma4_style, None),
 }
 
 
@@ -109,7 +145,7 @@ def both(
     real_tokenizer: Callable[[str], Path],
     save_tiny_llama: Callable[..., Any],
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[tuple[Any, LlamaCpp, str]]:
+) -> Iterator[tuple[Any, LlamaCpp, str | None]]:
     """transformers' tokenizer, llama.cpp with a file packed from the same folder, and the expected splitting."""
     name, alter, pre = CASES[request.param]
     folder = tmp_path_factory.mktemp("tokens")
@@ -124,19 +160,19 @@ def both(
         yield AutoTokenizer.from_pretrained(folder), model, pre
 
 
-def test_the_splitting_is_recognized(both: tuple[Any, LlamaCpp, str]) -> None:
+def test_the_splitting_is_recognized(both: tuple[Any, LlamaCpp, str | None]) -> None:
     _, model, pre = both
-    assert model.metadata["tokenizer.ggml.pre"] == pre
+    assert model.metadata.get("tokenizer.ggml.pre") == pre
 
 
 @pytest.mark.parametrize("text", ADVERSARIAL, ids=range(len(ADVERSARIAL)))
-def test_same_tokens(both: tuple[Any, LlamaCpp, str], text: str) -> None:
+def test_same_tokens(both: tuple[Any, LlamaCpp, str | None], text: str) -> None:
     tokenizer, model, _ = both
     assert model.tokenize(text, parse_special=True) == tokenizer(text).input_ids
 
 
 @pytest.mark.parametrize("text", ADVERSARIAL[:8], ids=range(8))
-def test_same_tokens_without_bos(both: tuple[Any, LlamaCpp, str], text: str) -> None:
+def test_same_tokens_without_bos(both: tuple[Any, LlamaCpp, str | None], text: str) -> None:
     tokenizer, model, _ = both
     expected = tokenizer(text, add_special_tokens=False).input_ids
     assert model.tokenize(text, add_special=False, parse_special=True) == expected

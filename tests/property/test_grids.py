@@ -1,4 +1,4 @@
-"""Any finite block: the bits that the C library stores and computes with, in numpy and in torch."""
+"""Any finite block: the bits that the library stores and computes with, in numpy and in torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from libraries import APART, DTYPES, held, rows_of, stored_apart, values
 
 from lowbit import ggml, grid
 
@@ -18,12 +19,26 @@ BLOCK = hnp.arrays(np.float32, (2, WIDTH), elements=FLOATS, fill=FLOATS)
 
 def _assert_same_bits(name: str, x: np.ndarray) -> None:
     chosen = grid.get(name)
+    if name in APART:
+        for dtype in DTYPES:
+            _assert_same_parts(name, held(x, dtype), dtype)
+        return
     expected = ggml.quantize(x, chosen.ggml_type)
     blocks = chosen.quantize(x)
     np.testing.assert_array_equal(chosen.pack(blocks), expected)
     np.testing.assert_array_equal(chosen.pack(chosen.quantize(torch.from_numpy(x))), expected)
     np.testing.assert_array_equal(chosen.pack(chosen.unpack(expected)), expected)
     _assert_same_values(chosen.dequantize(blocks), ggml.dequantize(expected, chosen.ggml_type, x.shape[1]))
+
+
+def _assert_same_parts(name: str, x: np.ndarray, dtype: str) -> None:
+    """Codes and scales in tensors of their own, the scales in the dtype of the weights."""
+    chosen, expected = grid.get(name), stored_apart(name, x, dtype)
+    for array in (x, torch.from_numpy(x)):
+        blocks = chosen.quantize(array, dtype)
+        scales = [np.asarray(part).astype(np.float32) for part in (blocks.scales, blocks.mins) if part is not None]
+        np.testing.assert_array_equal(rows_of(chosen.pack_codes(blocks.codes), *scales), expected)
+        _assert_same_values(np.asarray(chosen.dequantize(blocks)), values(name, blocks))
 
 
 def _assert_same_values(values: np.ndarray, theirs: np.ndarray) -> None:
@@ -86,7 +101,8 @@ def test_any_stored_bytes(name: str, seed: int) -> None:
     raw = np.random.default_rng(seed).integers(0, 256, (8, WIDTH // chosen.block_size * chosen.block_bytes), np.uint8)
     blocks = chosen.unpack(raw)
     np.testing.assert_array_equal(chosen.pack(blocks), raw)
-    _assert_same_values(chosen.dequantize(blocks), ggml.dequantize(raw, chosen.ggml_type, WIDTH))
+    theirs = values(name, blocks) if name in APART else ggml.dequantize(raw, chosen.ggml_type, WIDTH)
+    _assert_same_values(chosen.dequantize(blocks), theirs)
 
 
 @pytest.mark.parametrize("name", grid.names())

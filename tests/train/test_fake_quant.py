@@ -15,7 +15,7 @@ from lowbit.train import HiddenTargets, distillation_loss, load, prepare, save
 from lowbit.train.fake_quant import master, quantized
 
 
-@pytest.mark.parametrize("recipe", ["q4_0", "q5_0"])
+@pytest.mark.parametrize("recipe", ["q4_0", "q5_0", "int4_g32"])
 def test_forward_values_are_the_grids(tiny_llama: Callable[..., Path], recipe: str) -> None:
     with open_checkpoint(tiny_llama()) as checkpoint:
         model = prepare(load(checkpoint), recipe)

@@ -13,13 +13,14 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from lowbit import grid as grids
-from lowbit.checkpoint import compressed_tensors, families, safetensors_file
+from lowbit.checkpoint import families, safetensors_file, schemes
 from lowbit.checkpoint.families.base import Family, TensorSpec
 from lowbit.checkpoint.gguf_file import Field, GgufFile
 from lowbit.checkpoint.resolve import resolve
 from lowbit.checkpoint.safetensors_file import SafetensorsFile
 from lowbit.checkpoint.tensor_file import Entry, TensorFile, n_rows, pick_rows
 from lowbit.errors import BadConfig, BadFile, LowbitError, NotFound, Unsupported
+from lowbit.grid.base import Blocks
 
 FORMAT = "lowbit-checkpoint/1"
 MANIFEST, BLOCKS, METADATA = "lowbit.json", "blocks.safetensors", "metadata.gguf"
@@ -32,7 +33,9 @@ class TensorInfo:
 
     name, shape: Hugging Face's. dtype: as stored ('F32', 'BF16', 'Q4_1', ...). grid: the lowbit grid whose stored
     codes and scales ``Checkpoint.blocks`` gives, or None. role: 'embedding', 'output', 'attn_q', 'attn_k', 'attn_v',
-    'attn_o', 'ffn_gate', 'ffn_up', 'ffn_down', 'norm' or 'bias'.
+    'attn_o', 'ffn_gate', 'ffn_up', 'ffn_down', 'norm', 'bias' or 'scale'; of experts 'router', 'experts_gate_up' and
+    'experts_down', which have a dimension more; of per-layer embeddings 'per_layer_embedding', 'per_layer_model_proj',
+    'per_layer_gate' and 'per_layer_proj'; of a drafter 'pre_projection' and 'post_projection'.
     """
 
     name: str
@@ -118,13 +121,19 @@ class Checkpoint:
         raise NotImplementedError
 
     def blocks(self, name: str) -> np.ndarray | None:
-        """The stored codes and scales, uint8 (rows, row_bytes) in Hugging Face's row order, where
+        """The stored codes and scales, uint8 (spec.n_rows, row_bytes) in Hugging Face's row order, where
         ``info(name).grid`` is not None; None elsewhere."""
         return self.block_rows(name, 0, self._spec(name).n_rows)
 
     def block_rows(self, name: str, start: int, stop: int) -> np.ndarray | None:
         """Rows ``start`` to ``stop`` of ``blocks(name)``; nothing else of the tensor is read."""
         raise NotImplementedError
+
+    def coded_rows(self, name: str, start: int, stop: int) -> tuple[str, Blocks] | None:
+        """Rows ``start`` to ``stop`` of the codes and scales as they are stored, and the name of the grid they are of;
+        None where a tensor has none. Unlike ``block_rows`` this loses nothing of scales that are not float16."""
+        grid, raw = self.info(name).grid, self.block_rows(name, start, stop)
+        return None if grid is None or raw is None else (grid, grids.get(grid).unpack(raw))
 
     def gguf_metadata(self) -> list[Field] | None:
         """Every key-value of the GGUF that this checkpoint comes from, untouched; None if there is none."""
@@ -166,7 +175,7 @@ class GgufCheckpoint(Checkpoint):
         config = family.config_from_gguf(values, shapes, path)
         known = {spec.gguf_name for spec in family.tensors(config)}
         for name in self._file.entries:
-            if name not in known:
+            if name not in known and not family.unused_in_gguf(name, config):
                 family.adopt_computed(config, name, self._whole(name), path)
         super().__init__(path, "gguf", family.text_config(config, path), family)
         for spec in self.specs.values():
@@ -195,7 +204,10 @@ class GgufCheckpoint(Checkpoint):
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         spec = self._spec(name)
-        values = pick_rows(spec.hf_rows(), start, stop, lambda a, b: self._decode(spec.gguf_name, a, b))
+        is_vector = len(spec.shape) == 1
+        values = pick_rows(
+            spec.hf_rows(), start, stop, lambda a, b: self._decode(spec.gguf_name, a, b), of_vector=is_vector
+        )
         return values - np.float32(spec.gguf_offset) if spec.gguf_offset else values
 
     def block_rows(self, name: str, start: int, stop: int) -> np.ndarray | None:
@@ -237,19 +249,20 @@ class FolderCheckpoint(Checkpoint):
         config_path = path / "config.json"
         config = read_json(config_path, BadConfig)
         family = families.by_config(config, config_path)
-        packed = compressed_tensors.check_scheme(config, config_path)
-        config.pop(compressed_tensors.KEY, None)
+        self._scheme = schemes.scheme_of(config, config_path)
+        for key in schemes.KEYS:
+            config.pop(key, None)
         super().__init__(path, "safetensors", family.text_config(config, config_path), family)
         self._files = safetensors_file.open_folder(path)
-        self._packed = compressed_tensors.matrices(self._files) if packed else set()  # by stored name
+        self._packed = self._scheme.matrices(self._files) if self._scheme else set()  # by stored name
         stored_names = self._files.keys() | self._packed
         self._stored = {name: family.stored_name(name, stored_names) for name in self.names}
         used = set(self._stored.values())
         for spec in self.specs.values():
             stored = self._stored[spec.name]
-            if stored in self._packed:
-                compressed_tensors.check_parts(self._files, stored, spec.shape)
-                used |= {*compressed_tensors.parts(stored)}
+            if self._scheme and stored in self._packed:
+                self._scheme.check(self._files, stored, spec.shape)
+                used |= {*self._scheme.parts(stored)}
                 continue
             file = self._files.get(stored)
             _check_shape(path, spec, file.entries[stored] if file else None, stored)
@@ -277,7 +290,7 @@ class FolderCheckpoint(Checkpoint):
         for name, grid_name in self._grids.items():
             spec, entry = self._spec(name), self._blocks.entries.get(name)
             grid = grids.get(grid_name)
-            expected = (spec.shape[0], spec.shape[-1] // grid.block_size * grid.block_bytes)
+            expected = (spec.n_rows, spec.shape[-1] // grid.block_size * grid.block_bytes)
             if entry is None or entry.dtype != "U8" or entry.shape != expected:
                 found = f"{entry.dtype} {entry.shape}" if entry else "nothing"
                 raise BadFile(
@@ -309,8 +322,8 @@ class FolderCheckpoint(Checkpoint):
     def info(self, name: str) -> TensorInfo:
         spec = self._spec(name)
         stored = self._stored[name]
-        if stored in self._packed:
-            return _info(spec, "I4", compressed_tensors.GRID)
+        if self._scheme and stored in self._packed:
+            return _info(spec, self._scheme.grid(self._files, stored), self._scheme.block_grid())
         return _info(spec, self._files[stored].entries[stored].dtype, self._grids.get(name))
 
     @property
@@ -321,8 +334,8 @@ class FolderCheckpoint(Checkpoint):
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         spec = self._spec(name)
         stored = self._stored[name]
-        if stored in self._packed:
-            return compressed_tensors.read_rows(self._files, stored, start, stop)
+        if self._scheme and stored in self._packed:
+            return self._scheme.read_rows(self._files, stored, start, stop)
         file = self._files[stored]
         where, shape = f"{file.path}: {stored}", (stop - start, spec.shape[-1])
         raw = file.read_rows(stored, start, stop)
@@ -330,11 +343,17 @@ class FolderCheckpoint(Checkpoint):
 
     def block_rows(self, name: str, start: int, stop: int) -> np.ndarray | None:
         self._spec(name)
-        if self._stored[name] in self._packed:
-            return compressed_tensors.block_rows(self._files, self._stored[name], start, stop)
+        if self._scheme and self._stored[name] in self._packed:
+            return self._scheme.block_rows(self._files, self._stored[name], start, stop)
         if name not in self._grids or self._blocks is None:
             return None
         return self._blocks.read_rows(name, start, stop)
+
+    def coded_rows(self, name: str, start: int, stop: int) -> tuple[str, Blocks] | None:
+        stored = self._stored[self._spec(name).name]
+        if self._scheme and stored in self._packed:
+            return self._scheme.grid(self._files, stored), self._scheme.coded_rows(self._files, stored, start, stop)
+        return super().coded_rows(name, start, stop)
 
     def gguf_metadata(self) -> list[Field] | None:
         return list(self._metadata.fields) if self._metadata else None

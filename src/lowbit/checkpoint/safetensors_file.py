@@ -224,13 +224,21 @@ class SafetensorsWriter:
 
     def add(self, name: str, values: np.ndarray, dtype: str) -> None:
         """Appends one tensor; ``dtype`` is safetensors' name for the array's dtype."""
-        data = np.ascontiguousarray(values)
-        if data.nbytes != data.size * ITEM_BYTES[dtype]:
-            raise ValueError(f"{name}: {data.dtype} is not {dtype}")
-        self._handle.write(data.data if data.size else b"")
-        end = self._position + data.nbytes
-        self._entries[name] = _header_entry(dtype, values.shape, self._position, end)
-        self._position = end
+        if values.nbytes != values.size * ITEM_BYTES[dtype]:
+            raise ValueError(f"{name}: {values.dtype} is not {dtype}")
+        self.add_parts(name, values.shape, dtype, [values])
+
+    def add_parts(self, name: str, shape: tuple[int, ...], dtype: str, parts: Iterable[np.ndarray]) -> None:
+        """Appends one tensor whose bytes come in several arrays, one after another."""
+        n_bytes = 0
+        for part in parts:
+            data = np.ascontiguousarray(part)
+            self._handle.write(data.view(np.uint8).data if data.size else b"")
+            n_bytes += data.nbytes
+        if n_bytes != math.prod(shape) * ITEM_BYTES[dtype]:
+            raise ValueError(f"{name}: {n_bytes} bytes are not {dtype} {shape}")
+        self._entries[name] = _header_entry(dtype, shape, self._position, self._position + n_bytes)
+        self._position += n_bytes
 
     def finish(self) -> None:
         header = self._encode(self._entries)

@@ -84,11 +84,16 @@ def n_rows(shape: tuple[int, ...]) -> int:
     return math.prod(shape[:-1])
 
 
-def pick_rows(order: np.ndarray | None, start: int, stop: int, read: Callable[[int, int], np.ndarray]) -> np.ndarray:
+def pick_rows(
+    order: np.ndarray | None, start: int, stop: int, read: Callable[[int, int], np.ndarray], *, of_vector: bool = False
+) -> np.ndarray:
     """Rows ``order[start:stop]``, through ``read(first, last)`` of the range that holds them: within a few heads, as
-    orders only move rows within a head. ``order`` None: the rows themselves."""
+    orders only move rows within a head. ``order`` None: the rows themselves. of_vector: a vector is one row, and
+    ``order`` is of its elements."""
     if order is None or start == stop:
         return read(start, stop)
+    if of_vector:
+        return read(start, stop)[:, order]
     wanted = order[start:stop]
     first = int(wanted.min())
     return read(first, int(wanted.max()) + 1)[wanted - first]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ def _check(tensor: Tensor, like: Checkpoint, written: dict[str, Any]) -> None:
     if tensor.grid is None or tensor.blocks is None:
         return
     grid = grids.get(tensor.grid)
-    expected = (shape[0], shape[-1] // grid.block_size * grid.block_bytes)
+    expected = (math.prod(shape[:-1]), shape[-1] // grid.block_size * grid.block_bytes)
     if tensor.blocks.dtype != np.uint8 or tensor.blocks.shape != expected:
         found = f"{tensor.blocks.dtype} {tensor.blocks.shape}"
         raise BadFile(f"not {tensor.grid} blocks", where=tensor.name, found=found, expected=f"uint8 {expected}")
@@ -102,8 +103,13 @@ def _copy_tokenizer(folder: Path, like: Checkpoint) -> None:
         with replacing(folder / METADATA) as partial, open(partial, "wb") as handle:
             write_header(handle, fields, [])
         return
+    copy_side_files(like.path, folder)
+
+
+def copy_side_files(source: Path, folder: Path) -> None:
+    """Copies the files of a tokenizer and of generation from one Hugging Face folder to another."""
     for name in _SIDE_FILES:
-        source = like.path / name
-        if source.is_file() and source.resolve() != (folder / name).resolve():
+        file = source / name
+        if file.is_file() and file.resolve() != (folder / name).resolve():
             with replacing(folder / name) as partial:
-                shutil.copyfile(source, partial)
+                shutil.copyfile(file, partial)

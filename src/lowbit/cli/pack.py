@@ -1,6 +1,6 @@
-"""Write a checkpoint as GGUF, and beside it a certificate of what is lossless. Codes and scales that training ended on
-are written as they are, never rounded again; those of a checkpoint that another program trained are found again in its
-values. --verify proves a GGUF that is there already, whoever made it."""
+"""Write a checkpoint as GGUF, MLX or compressed-tensors, with a certificate of what is lossless. Codes and scales that
+training ended on are written as they are, never rounded again; those of a checkpoint that another program trained are
+found again in its values. --verify proves an artifact that is there already, whoever made it."""
 
 from __future__ import annotations
 
@@ -14,19 +14,37 @@ from lowbit.cli.training import positive, positive_number
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help="a checkpoint folder, or any MODEL")
-    parser.add_argument("--recipe", help="type of the matrices: q4_0 (default), q4_1, q5_0, q5_1, q8_0, f16, bf16, f32")
-    parser.add_argument("-o", "--out", metavar="FILE", help="the GGUF to write, and FILE.certificate.json beside it")
+    parser.add_argument(
+        "--recipe",
+        help="type of the matrices: q4_0 (GGUF's default), q4_1, q5_0, q5_1, q8_0; mlx_affine4_g32 (MLX's default), "
+        "mlx_affine4_g64, mlx_affine8_g32, mlx_affine8_g64; int4_g32 (compressed-tensors' default), int4_g128; "
+        "f16, bf16, f32",
+    )
+    parser.add_argument(
+        "--to",
+        metavar="CONTAINER",
+        help="gguf (a file), mlx or compressed-tensors (folders); without it the one that has the recipe's type, "
+        "gguf before the others",
+    )
+    parser.add_argument(
+        "-o",
+        "--out",
+        metavar="OUT",
+        help="what to write: a GGUF, and OUT.certificate.json beside it, or a folder, certificate.json in it",
+    )
     parser.add_argument(
         "--naive",
         action="store_true",
-        help="round all anew as llama.cpp's quantize does, stored codes or not",
+        help="round all anew as llama.cpp's quantize (or MLX, or compressed-tensors) does, stored codes or not",
     )
     parser.add_argument("--calibration", metavar="FILE", help="round by what `lowbit calibrate` measured of this model")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--bits", type=positive_number, metavar="N", help="choose each tensor's type: N bits a weight")
     budget.add_argument("--size", type=size_in_bytes, metavar="SIZE", help="... or a file of SIZE (4GiB, 105MB, bytes)")
-    parser.add_argument("--verify", metavar="ARTIFACT", help="write nothing; prove this GGUF against --source")
-    parser.add_argument("--source", metavar="CHECKPOINT", help="with --verify: what the GGUF was made from")
+    parser.add_argument(
+        "--verify", metavar="ARTIFACT", help="write nothing; prove this GGUF or folder against --source"
+    )
+    parser.add_argument("--source", metavar="CHECKPOINT", help="with --verify: what it was made from")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: one a core)")
     parser.add_argument("--json", metavar="FILE", help="write the certificate to FILE too; - is standard output")
 
@@ -59,8 +77,10 @@ def _check(args: argparse.Namespace) -> None:
             raise BadOption("--source goes with --verify", hint="`lowbit pack --help` lists the options")
     else:
         missing = {"--source": args.source}
-        if args.checkpoint is not None or args.out is not None or args.naive:
-            raise BadOption("--verify writes nothing", found="CHECKPOINT, --out or --naive", expected="--source alone")
+        others = {"CHECKPOINT": args.checkpoint, "--out": args.out, "--to": args.to, "--recipe": args.recipe}
+        given = [name for name, value in others.items() if value is not None] + ["--naive"] * args.naive
+        if given:
+            raise BadOption("--verify writes nothing", found=", ".join(given), expected="--source alone")
     for name, value in missing.items():
         if value is None:
             hint = "`lowbit pack --help` lists the options"
@@ -76,8 +96,9 @@ def _pack(args: argparse.Namespace) -> int:
     with output.results_only():
         packed = pack(
             args.checkpoint,
-            args.recipe or "q4_0",
+            args.recipe,
             args.out,
+            to=args.to,
             naive=args.naive,
             certificate=True,
             calibration=args.calibration,

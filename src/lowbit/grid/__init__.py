@@ -13,7 +13,10 @@ from lowbit.grid.base import Array, Blocks, Grid, namespace
 
 __all__ = ["Array", "Blocks", "Grid", "by_ggml_type", "check_finite", "discover", "get", "names", "namespace"]
 
-_CLASS_VARIABLES = {"name": str, "ggml_type": int, "block_size": int, "block_bytes": int}
+_CLASS_VARIABLES: dict[str, tuple[type, ...]] = {
+    "name": (str,), "ggml_type": (int, type(None)), "block_size": (int,), "block_bytes": (int,),
+}  # fmt: skip
+_MISSING = object()
 
 
 def get(name: str) -> Grid:
@@ -31,10 +34,12 @@ def names() -> tuple[str, ...]:
 
 def by_ggml_type(ggml_type: int) -> Grid:
     """The grid of a gguf.GGMLQuantizationType value. Raises Unsupported if lowbit has none."""
-    for grid in _grids().values():
+    of_ggml = [grid for grid in _grids().values() if grid.ggml_type is not None]
+    for grid in of_ggml:
         if grid.ggml_type == ggml_type:
             return grid
-    raise Unsupported("no grid for this ggml type", found=int(ggml_type), expected="one of " + ", ".join(names()))
+    expected = "one of " + ", ".join(grid.name for grid in of_ggml)
+    raise Unsupported("no grid for this ggml type", found=int(ggml_type), expected=expected)
 
 
 def discover(package: ModuleType) -> dict[str, Grid]:
@@ -57,9 +62,10 @@ def _load(module_name: str, name: str) -> Grid:
     grid = getattr(module, "GRID", None)
     if not isinstance(grid, Grid):
         raise BadFile("a grid file needs GRID, an instance of lowbit.grid.Grid", where=where, found=type(grid).__name__)
-    for variable, kind in _CLASS_VARIABLES.items():
-        if not isinstance(getattr(grid, variable, None), kind):
-            raise BadFile(f"a grid needs the class variable {variable}", where=where, expected=kind.__name__)
+    for variable, kinds in _CLASS_VARIABLES.items():
+        if not isinstance(getattr(grid, variable, _MISSING), kinds):
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise BadFile(f"a grid needs the class variable {variable}", where=where, expected=expected)
     if grid.name != name:
         raise BadFile("a grid's name is its file's", where=where, found=grid.name, expected=name)
     codes = f"{grid.min_code}..{grid.max_code}"

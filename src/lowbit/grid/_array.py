@@ -30,6 +30,24 @@ def bitcast(x: Array, dtype: str) -> Array:
     return x.view(dtype) if isinstance(x, np.ndarray) else x.view(getattr(namespace(x), dtype))
 
 
+def bf16_bits(x: Array) -> Array:
+    """``x`` float32 rounded half to even to BF16: its bits in int32. In integers, because hardware conversions may
+    flush subnormals to zero."""
+    bits = bitcast(x, "int32")
+    rounded = (bits >> 16) & 1  # halves go to the even neighbour
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    return rounded
+
+
+def round_to(x: Array, dtype: str) -> Array:
+    """``x`` float32 as a tensor of ``dtype`` holds it: float16 for 'F16', float32 for 'BF16' and 'F32'."""
+    if dtype == "BF16":
+        return bitcast(bf16_bits(x) << 16, "float32")
+    return cast(x, {"F16": "float16", "F32": "float32"}[dtype])
+
+
 def as_blocks(x: Array, block_size: int) -> Array:
     """(..., n) float32 -> (..., n / block_size, block_size), without its gradient. Raises Unsupported."""
     n_blocks, rest = divmod(x.shape[-1], block_size)

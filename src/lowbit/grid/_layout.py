@@ -23,6 +23,20 @@ def nibbles(raw: np.ndarray) -> np.ndarray:
     return codes
 
 
+def put_pairs(out: np.ndarray, codes: np.ndarray) -> None:
+    """(..., 2k) uint8 below 16 into (..., k) bytes: neighbours share a byte, the first in the low nibble."""
+    np.left_shift(codes[..., 1::2], 4, out=out)
+    out |= codes[..., ::2]
+
+
+def pairs(raw: np.ndarray) -> np.ndarray:
+    """The inverse of ``put_pairs``: (..., k) bytes -> (..., 2k) uint8."""
+    codes = np.empty((*raw.shape[:-1], 2 * raw.shape[-1]), np.uint8)
+    np.bitwise_and(raw, 15, out=codes[..., ::2])
+    np.right_shift(raw, 4, out=codes[..., 1::2])
+    return codes
+
+
 def fifth_bits(codes: np.ndarray, axis: int = -1) -> np.ndarray:
     """The bits worth 16 of uint8 codes, eight of them along ``axis`` in a byte, the first one lowest."""
     return np.packbits(codes >> 4 & 1, axis=axis, bitorder="little")

@@ -2,7 +2,7 @@
 
 A grid file (``q4_0.py``) defines one subclass and its instance ``GRID``; ``lowbit.grid.get("q4_0")`` finds it by
 file name. Every method takes numpy arrays or torch tensors and answers in kind; results are bit-identical in both
-and with the ggml C library that executes the format (tests/golden holds blocks made by that library).
+and with the library that executes the format, ggml, MLX or compressed-tensors (tests/golden holds blocks made by it).
 
 Shapes: weights are (..., n) float32 with n a multiple of ``block_size``; n_blocks = n / block_size.
 """
@@ -24,11 +24,13 @@ class Blocks:
     """What a format stores, before it is laid out in bytes.
 
     codes:  (..., n_blocks, block_size) int8, from min_code to max_code (Q4_0: -8..7, Q4_1: 0..15); MXFP4: 0..15 as
-            stored; for the float formats (..., n) in the stored dtype's bits (float16, uint16 for BF16, float32).
-    scales: (..., n_blocks) float16 (MXFP4: uint8 exponents), or None for the float formats.
+            stored; MLX affine: uint8 as stored; for the float formats (..., n) in the stored dtype's bits (float16,
+            uint16 for BF16, float32).
+    scales: (..., n_blocks) float16 (MXFP4: uint8 exponents), or None for the float formats. Containers that keep
+            scales apart (MLX, compressed-tensors) may have them in BF16 or F32: float32 here.
     sub_scales: (..., n_blocks, n_sub) int8 where a block has scales of its parts (Q4_K, Q5_K, Q6_K), else None.
-    mins: (..., n_blocks) float16 where code 0 stands for another value than 0, else None. Q4_1, Q5_1: that value;
-            Q4_K, Q5_K: what ``sub_mins`` are multiplied by, and then subtracted.
+    mins: (..., n_blocks) like scales where code 0 stands for another value than 0, else None. Q4_1, Q5_1, MLX affine:
+            that value; Q4_K, Q5_K: what ``sub_mins`` are multiplied by, and then subtracted.
     sub_mins: (..., n_blocks, n_sub) int8 where a block has minimums of its parts (Q4_K, Q5_K), else None.
     """
 
@@ -49,10 +51,10 @@ class Grid(ABC):
     """One storage format. Subclasses set the class variables and write the four methods."""
 
     name: ClassVar[str]  # lowbit's and llama.cpp's spelling, lower case: "q4_0"
-    ggml_type: ClassVar[int]  # gguf.GGMLQuantizationType value
+    ggml_type: ClassVar[int | None]  # gguf.GGMLQuantizationType value; None where GGUF does not have the format
     block_size: ClassVar[int]  # weights a block
     block_bytes: ClassVar[int]  # bytes a block
-    max_code: ClassVar[int] = 0  # codes run from min_code to max_code; 0 for the float formats, MXFP4 among them
+    max_code: ClassVar[int] = 0  # codes run from min_code to max_code; 0 for floats, MXFP4 and MLX's unsigned codes
     min_code: ClassVar[int] = 0
     ladder_group: ClassVar[int] = 0  # weights that share a step and an offset, where ``ladder`` tells them
 
@@ -67,7 +69,7 @@ class Grid(ABC):
 
     @abstractmethod
     def quantize(self, x: Array) -> Blocks:
-        """Rounds ``x`` (..., n) float32 by ggml's own rule. Raises BadFile on NaN or Inf."""
+        """Rounds ``x`` (..., n) float32 by the library's own rule. Raises BadFile on NaN or Inf."""
 
     @abstractmethod
     def dequantize(self, blocks: Blocks) -> Array:

@@ -1,14 +1,13 @@
 """BF16: the upper 16 bits of a float32, rounded half to even.
 
-Source: ggml_compute_fp32_to_bf16 in ggml (ggml-impl.h). Written in integers, because hardware conversions may flush
-subnormals to zero.
+Source: ggml_compute_fp32_to_bf16 in ggml (ggml-impl.h).
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from lowbit.grid._array import bitcast, cast, check_finite, plain
+from lowbit.grid._array import bf16_bits, bitcast, cast, check_finite, plain
 from lowbit.grid.base import Array, Blocks, Grid
 
 
@@ -20,12 +19,7 @@ class BF16(Grid):
 
     def quantize(self, x: Array) -> Blocks:
         check_finite(x)
-        bits = bitcast(plain(x), "int32")
-        rounded = (bits >> 16) & 1  # halves go to the even neighbour
-        rounded += 0x7FFF
-        rounded += bits
-        rounded >>= 16
-        return Blocks(codes=bitcast(cast(rounded, "int16"), "uint16"))
+        return Blocks(codes=bitcast(cast(bf16_bits(plain(x)), "int16"), "uint16"))
 
     def dequantize(self, blocks: Blocks) -> Array:
         bits = cast(bitcast(blocks.codes, "int16"), "int32")

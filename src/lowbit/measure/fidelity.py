@@ -1,4 +1,4 @@
-"""How far an artifact's predictions are from the reference's, on the same chunks of text, both in llama.cpp.
+"""How far an artifact's predictions are from the reference's, on the same chunks of text, both in one runtime.
 
 Convention of llama.cpp's perplexity tool (tools/perplexity, --kl-divergence): the text is cut into chunks; each chunk
 is a fresh sequence that begins with BOS where the model has one; the second half's positions are scored, so that each
@@ -7,15 +7,24 @@ has at least half a chunk of context. With first = chunk // 2, position i in fir
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from lowbit.errors import RuntimeFailed
 from lowbit.measure.bootstrap import Bootstrap
 from lowbit.measure.record import Figure, exact
-from lowbit.run.llama_cpp import LlamaCpp
+
+
+class Runtime(Protocol):
+    """A loaded model that gives logits: LlamaCpp or Mlx."""
+
+    path: Path
+
+    def logits(self, tokens: Sequence[int] | np.ndarray, start: int = 0) -> Iterator[tuple[int, np.ndarray]]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +49,8 @@ class Scores:
 
 
 def score(
-    reference: LlamaCpp,
-    artifacts: Sequence[LlamaCpp],
+    reference: Runtime,
+    artifacts: Sequence[Runtime],
     chunks: np.ndarray,
     advance: Callable[[int], None] = lambda done: None,
 ) -> tuple[Scores, list[Scores]]:
@@ -49,8 +58,8 @@ def score(
 
     chunks:  int32 (n, chunk)
     advance: called with the number of chunks done, all files together
-    All models must share vocabulary, ubatch and logits_rows: they are decoded in step, and at any time the logits of
-    one slice of the reference and one of an artifact are held.
+    All models must share vocabulary, ubatch and (llama.cpp) logits_rows: they are decoded in step, and at any time the
+    logits of one slice of the reference and one of an artifact are held.
     """
     n, chunk = chunks.shape
     first = chunk // 2

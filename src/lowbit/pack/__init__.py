@@ -15,9 +15,11 @@ from lowbit import recipe as recipes
 from lowbit.checkpoint import Checkpoint, open_checkpoint
 from lowbit.errors import BadOption
 from lowbit.pack import certificate as certificates
-from lowbit.pack import gguf_container, mix
+from lowbit.pack import containers, gguf_container, mix
 from lowbit.pack.calibration import Calibration
 from lowbit.pack.certificate import Certificate, verify
+from lowbit.pack.containers import Container
+from lowbit.pack.guide import Guide
 from lowbit.pack.mix import Mix
 from lowbit.pack.proof import TensorProof
 from lowbit.recipe import Recipe
@@ -41,9 +43,10 @@ class PackResult:
 
 def pack(
     checkpoint: Checkpoint | str | Path,
-    recipe: Recipe | str,
+    recipe: Recipe | str | None,
     out: str | Path,
     *,
+    to: str | None = None,
     naive: bool = False,
     certificate: bool = False,
     threads: int | None = None,
@@ -51,65 +54,56 @@ def pack(
     bits: float | None = None,
     size: int | None = None,
 ) -> PackResult:
-    """Writes ``checkpoint`` as a GGUF whose tensors lie on the grids that ``recipe`` assigns.
+    """Writes ``checkpoint`` as an artifact whose tensors lie on the grids that ``recipe`` assigns.
 
     checkpoint: an open Checkpoint, or anything that open_checkpoint takes.
-    recipe: a Recipe or its name ('q4_0', ...); 'source' leaves the weights unquantized: F32, or the source's own F16
-    or BF16 where every weight has it.
-    naive: every tensor is rounded from its values by the ggml C library, as llama-quantize does it, also where the
-    checkpoint holds codes and scales of its own.
-    certificate: reads the file again before it takes its name, and writes OUT.certificate.json beside it: what of it is
-    proved to be the source, bit for bit. ``lowbit pack`` always does.
-
+    recipe: a Recipe or its name ('q4_0', ...); None is the container's usual one ('q4_0' of GGUF). 'source' leaves the
+    weights unquantized: F32, or the source's own F16 or BF16 where every weight has it.
+    to: 'gguf' (a file), 'mlx' or 'compressed-tensors' (folders); None is the one that has the recipe's format.
+    naive: every tensor is rounded from its values by the library's own rule, as llama-quantize or mlx-lm does it, also
+    where the checkpoint holds codes and scales of its own.
+    certificate: reads the artifact again before it takes its name, and writes OUT.certificate.json beside a file, or
+    certificate.json into a folder: what of it is proved to be the source, bit for bit. ``lowbit pack`` always does.
     calibration: a file that ``lowbit calibrate`` made of the checkpoint: what has no codes and lies on no lattice is
-    rounded so that the output changes least (see ``compensate``).
-    bits, size: instead of the recipe, each tensor's type is chosen (see ``mix``) so that the weights take at most so
+    rounded so that the output changes least (see ``compensate``). GGUF only.
+    bits, size: instead of by a recipe, each tensor's type is chosen (see ``mix``) so that the weights take at most so
     many bits each, or the file so many bytes. Needs a calibration.
     threads: how many work at it; by default as many as there are cores for this process. The bytes do not depend on it.
 
-    Some rows of a tensor are in memory at a time, and the file takes its name only when it is whole. Interrupted or
-    killed, the same call goes on from the last whole tensor (see ``partial``).
+    Some rows of a tensor are in memory at a time, and the artifact takes its name only when it is whole. Interrupted or
+    killed, the same call goes on with a GGUF from the last whole tensor (see ``partial``); a folder begins anew.
     Raises BadFile (NaN or Inf in a tensor, a calibration of another model), Unsupported (tokenizer, row length),
-    CannotWrite, and BadOption where another process writes ``out`` or no mix is small enough.
+    CannotWrite, and BadOption where the container does not have the recipe's format, no mix is small enough or another
+    process writes ``out``.
     """
     if not isinstance(checkpoint, Checkpoint):
         with open_checkpoint(checkpoint) as opened:
             return pack(
-                opened, recipe, out, naive=naive, certificate=certificate, threads=threads, calibration=calibration,
-                bits=bits, size=size,
+                opened, recipe, out, to=to, naive=naive, certificate=certificate, threads=threads,
+                calibration=calibration, bits=bits, size=size,
             )  # fmt: skip
-    measured = Calibration(calibration, checkpoint) if calibration is not None else None
-    if (bits is not None or size is not None) and (measured is None or (bits is not None and size is not None)):
-        raise BadOption(
-            "a mix needs a calibration, and either bits or size",
-            hint="lowbit calibrate MODEL -o FILE measures the model",
-        )
-    if naive and measured is not None:
-        raise BadOption("naive rounding knows no calibration", hint="Leave out one of the two")
-    mixed: Mix | None = None
-    if measured is not None and (bits is not None or size is not None):
-        room = int(bits * checkpoint.n_weights / 8) if bits is not None else _room(checkpoint, size or 0)
-        mixed = mix.choose(checkpoint, measured, room, threads=thread_count(threads))
+    guide = _guide(checkpoint, calibration, naive=naive)
+    mixed = None
+    if bits is not None or size is not None:
+        mixed = _mix(checkpoint, guide, bits, size, thread_count(threads))
+        container = containers.choose(to or "gguf", "q4_0")
         name, types = mixed.name, mixed.types
-    elif recipe == "source":
-        name = _float_type(checkpoint)
-        types = {n: name if len(checkpoint.info(n).shape) > 1 else "f32" for n in checkpoint.names}
     else:
-        chosen = recipes.get(recipe) if isinstance(recipe, str) else recipe
-        name, types = chosen.name, chosen.assign(checkpoint)
+        container, name, types = _by_recipe(checkpoint, recipe, to)
     out = Path(out)
     proved: list[Certificate] = []
 
     def prove(whole: Path) -> None:
         proved.append(certificates.prove(whole, checkpoint, final=out, threads=threads))
         # Before the file itself: a certificate without its file says so by its hash, a file without one says nothing.
-        files.write_json(certificates.path_beside(out), proved[0].to_json())
+        beside = certificates.path_beside(whole if whole.is_dir() else out)
+        files.write_json(beside, proved[0].to_json())
 
-    size = gguf_container.write(
-        checkpoint, types, out, file_type=name, naive=naive, threads=threads, calibration=measured,
+    size = container.write(
+        checkpoint, types, out, file_type=name, naive=naive, threads=threads, guide=guide,
         check=prove if certificate else None,
     )  # fmt: skip
-    if not certificate:  # an earlier file's would be of another file now
+    if not certificate and not out.is_dir():  # an earlier file's would be of another file now
         certificates.path_beside(out).unlink(missing_ok=True)
     return PackResult(
         path=out,
@@ -121,12 +115,41 @@ def pack(
     )
 
 
-def _room(checkpoint: Checkpoint, size: int) -> int:
-    """Bytes that a file of ``size`` has for tensors; raises BadOption where its header alone is larger."""
-    header = gguf_container.header_bytes(checkpoint)
-    if header >= size:
-        raise BadOption("no room for weights", found=f"{size} bytes", expected=f"more than the {header} of the header")
-    return size - header
+def _by_recipe(
+    checkpoint: Checkpoint, recipe: Recipe | str | None, to: str | None
+) -> tuple[Container, str, dict[str, str]]:
+    """The container, what the recipe is called, and the grid of each tensor."""
+    if recipe is None:
+        recipe = containers.choose(to, None).RECIPE
+    if recipe == "source":
+        name = _float_type(checkpoint)
+        return containers.choose(to, name), name, recipes.get(name).assign(checkpoint)
+    chosen = recipes.get(recipe) if isinstance(recipe, str) else recipe
+    return containers.choose(to, chosen.weights), chosen.name, chosen.assign(checkpoint)
+
+
+def _guide(checkpoint: Checkpoint, calibration: str | Path | None, *, naive: bool) -> Guide | None:
+    """What was measured of the model, if anything. Raises BadOption where it would not be used."""
+    if calibration is None:
+        return None
+    if naive:
+        raise BadOption("naive rounding knows no calibration", hint="Leave out one of the two")
+    return Calibration(calibration, checkpoint)
+
+
+def _mix(checkpoint: Checkpoint, guide: Guide | None, bits: float | None, size: int | None, threads: int) -> Mix:
+    if not isinstance(guide, Calibration) or (bits is not None and size is not None):
+        hint = "lowbit calibrate MODEL -o FILE measures the model"
+        raise BadOption("a mix needs a calibration, and either bits or size", hint=hint)
+    if size is None:
+        room = int((bits or 0) * checkpoint.n_weights / 8)
+    else:
+        header = gguf_container.header_bytes(checkpoint)
+        if header >= size:
+            found, expected = f"{size} bytes", f"more than the header's {header}"
+            raise BadOption("no room for weights", found=found, expected=expected)
+        room = size - header
+    return mix.choose(checkpoint, guide, room, threads=threads)
 
 
 def _float_type(checkpoint: Checkpoint) -> str:

@@ -13,13 +13,21 @@ from pathlib import Path
 
 import numpy as np
 
+from lowbit import ggml
 from lowbit.checkpoint import Checkpoint
+from lowbit.checkpoint.families.base import TensorSpec
+from lowbit.checkpoint.gguf_file import Field
 from lowbit.checkpoint.safetensors_file import SafetensorsFile
 from lowbit.errors import BadFile, NotFound
-from lowbit.pack.compensate import Moments, moments_of
+from lowbit.grid.base import Grid
+from lowbit.pack import identify
+from lowbit.pack.compensate import Moments, can_compensate, compensate, moments_of
+from lowbit.pack.guide import Encoder
+from lowbit.pack.rows import file_rows, precision_of
 
 _HINT = "lowbit calibrate MODEL -o FILE makes one of this model"
 _MAX_WIDTH = 1 << 16
+_ROWS = 512
 
 
 class Calibration:
@@ -63,6 +71,26 @@ class Calibration:
         """What tells this file from another, for a packing that goes on."""
         return self._file.identity
 
+    def fields(self) -> list[Field]:
+        return []
+
+    def rows_at_least(self, spec: TensorSpec) -> int:
+        # Every call goes through the whole matrix of moments: not for a few rows.
+        return _ROWS if self.has(spec.name) else 0
+
+    def encoder(self, checkpoint: Checkpoint, spec: TensorSpec, grid: Grid, *, naive: bool) -> Encoder | None:
+        if naive or grid.max_code == 0 or not self.knows(spec.name) or _on_lattice(checkpoint, spec):
+            return None
+        return lambda start, stop: self.rounded(spec.name, file_rows(checkpoint, spec, start, stop), grid)
+
+    def rounded(self, name: str, values: np.ndarray, grid: Grid) -> np.ndarray:
+        """Bytes (rows, row_bytes) of a tensor's rows, ``values`` (rows, n) float32, rounded as well as is known how."""
+        if self.has(name) and can_compensate(grid) and grid.bits_per_weight < 8:
+            return grid.pack(compensate(values, self.moments(name), grid))
+        if grid.block_size == 1:
+            return grid.pack(grid.quantize(values))
+        return ggml.quantize(values, ggml.type_of(grid), self.importance(name) if self.knows(name) else None)
+
     def has(self, name: str) -> bool:
         """Whether a tensor can be rounded by it: a matrix whose inputs were seen, and not the head."""
         return f"{name}.inputs" in self._file.entries and f"{name}.outputs" in self._file.entries and name != self.head
@@ -104,3 +132,10 @@ class Calibration:
         if not np.isfinite(values).all():
             raise BadFile("NaN or Inf", where=f"{self.path}: {stored}", hint=_HINT)
         return values
+
+
+def _on_lattice(checkpoint: Checkpoint, spec: TensorSpec) -> bool:
+    """Whether training left the tensor on a 4-bit grid, told from a sample of its rows."""
+    rows, n = spec.n_rows, spec.shape[-1]
+    values = np.concatenate([file_rows(checkpoint, spec, int(i), int(i) + 1) for i in identify.sample(rows, n)])
+    return identify.identify(values, precision_of(checkpoint, spec)) is not None

@@ -1,4 +1,4 @@
-"""The certificate: what of a packed file is the source bit for bit, proved on the file's own bytes.
+"""The certificate: what of a packed file or folder is the source bit for bit, proved on the artifact's own bytes.
 
 Every tensor of the source is read again, every block of the artifact is decoded as the runtime decodes it, and
 ``lattice.judge`` compares the two. Nothing here depends on who packed the file or how.
@@ -9,17 +9,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lowbit import files
 from lowbit.checkpoint import Checkpoint, open_checkpoint
+from lowbit.checkpoint.families.base import TensorSpec
 from lowbit.checkpoint.gguf_file import GgufFile
 from lowbit.checkpoint.model import read_json
 from lowbit.errors import BadFile, NotFound, Unsupported
-from lowbit.pack.proof import TensorProof, prove_tensors
+from lowbit.pack import model_folder
+from lowbit.pack.proof import FolderTensor, GgufTensor, Tensor, TensorProof, prove_tensors
 from lowbit.threads import in_order, keep_freed_memory, thread_count
 
 FORMAT = "lowbit-certificate/1"
@@ -58,13 +60,16 @@ class Certificate:
 
 
 def path_beside(artifact: str | Path) -> Path:
-    """Where the certificate of ``artifact`` lies: OUT.gguf.certificate.json beside OUT.gguf."""
+    """Where the certificate of ``artifact`` lies: in a folder, or beside a GGUF as OUT.gguf.certificate.json."""
     path = Path(artifact)
+    if path.is_dir():
+        return path / model_folder.CERTIFICATE
     return path.with_name(path.name + SUFFIX)
 
 
 def verify(artifact: str | Path, source: Checkpoint | str | Path, *, threads: int | None = None) -> Certificate:
-    """Proves a GGUF, made by whatever program, against the checkpoint that it was made from. Writes nothing.
+    """Proves a GGUF or a folder (MLX, compressed-tensors), made by whatever program, against the checkpoint that it was
+    made from. Writes nothing.
 
     threads: how many work at it; by default as many as there are cores for this process.
 
@@ -76,8 +81,8 @@ def verify(artifact: str | Path, source: Checkpoint | str | Path, *, threads: in
         with open_checkpoint(source) as opened:
             return verify(artifact, opened, threads=threads)
     path = Path(artifact)
-    if not path.is_file():
-        raise NotFound("no such file", where=path, expected="a GGUF")
+    if not path.exists():
+        raise NotFound("no such file", where=path, expected="a GGUF, or a folder")
     _open(path, source).close()  # a damaged file is to be called that, and not another than its certificate's
     stated = _stated(path)
     proved = prove(path, source, threads=threads)
@@ -90,43 +95,68 @@ def verify(artifact: str | Path, source: Checkpoint | str | Path, *, threads: in
 
 
 def prove(artifact: Path, source: Checkpoint, *, final: Path | None = None, threads: int | None = None) -> Certificate:
-    """The certificate of the file ``artifact``, which will be called ``final``. Raises BadFile and Unsupported."""
+    """The certificate of the file or folder ``artifact``, which will be called ``final``.
+
+    Raises BadFile and Unsupported.
+    """
     keep_freed_memory()
     label, threads = final or artifact, thread_count(threads)
-    with contextlib.closing(_open(artifact, source)) as file:
-        tensors = prove_tensors(file, source, str(label), threads)
-    known = {spec.gguf_name for spec in source.specs.values()} | set(source.family.computed(source.config))
-    for extra in sorted(set(file.entries) - known):
-        dtype = file.entries[extra].dtype.lower()
-        tensors.append(TensorProof(name=_utf8(extra), type=dtype, note="the source has no such tensor"))
-    artifact_sha256, *hashes = _sha256((artifact, *_source_files(source)), threads)
+    with contextlib.closing(_open(artifact, source)) as opened:
+        tensors = prove_tensors(_tensors(opened, source, str(label)), source.n_weights, threads)
+        tensors += [
+            TensorProof(name=_utf8(name), type=kind.lower(), note="the source has no such tensor")
+            for name, kind in _extra(opened, source)
+        ]
+    hashes = _sha256((*_hashed(artifact), *_source_files(source)), threads)
+    n_own = len(_hashed(artifact))
     return Certificate(
         source=_utf8(source.name),
         artifact=_utf8(label.name),
-        source_sha256=_joined(source, hashes),
-        artifact_sha256=artifact_sha256,
+        source_sha256=_joined(_source_files(source), hashes[n_own:]),
+        artifact_sha256=_joined(_hashed(artifact), hashes[:n_own]),
         tensors=tuple(tensors),
     )
 
 
+def _tensors(opened: GgufFile | Checkpoint, source: Checkpoint, label: str) -> list[Tensor]:
+    if isinstance(opened, Checkpoint):
+        return [FolderTensor(opened, source, spec, label) for spec in source.specs.values()]
+    return [GgufTensor(opened, source, spec, label) for spec in source.specs.values()]
+
+
+def _extra(opened: GgufFile | Checkpoint, source: Checkpoint) -> list[tuple[str, str]]:
+    """Name and type of the tensors that only the artifact has."""
+    if isinstance(opened, Checkpoint):
+        return [(name, opened.info(name).dtype) for name in opened.names if name not in source]
+    known = {spec.gguf_name for spec in source.specs.values()} | set(source.family.computed(source.config))
+    return [(name, opened.entries[name].dtype) for name in sorted(set(opened.entries) - known)]
+
+
 def source_sha256(source: Checkpoint, *, threads: int | None = None) -> str:
     """SHA-256 of the source's one file; of several, that of the text `sha256sum *.safetensors` prints in the folder."""
-    return _joined(source, _sha256(_source_files(source), thread_count(threads)))
+    return _joined(_source_files(source), _sha256(_source_files(source), thread_count(threads)))
 
 
 def _source_files(source: Checkpoint) -> list[Path]:
     return [source.path] if source.path.is_file() else sorted(source.path.glob("*.safetensors"))
 
 
+def _hashed(artifact: Path) -> list[Path]:
+    """The files whose hash is the artifact's; of a folder config.json too, as it says what the codes mean."""
+    if artifact.is_file():
+        return [artifact]
+    return [artifact / "config.json", *sorted(artifact.glob("*.safetensors"))]
+
+
 def _sha256(paths: Iterable[Path], threads: int) -> list[str]:
     return list(in_order((functools.partial(files.sha256, path) for path in paths), threads))
 
 
-def _joined(source: Checkpoint, hashes: list[str]) -> str:
+def _joined(paths: list[Path], hashes: list[str]) -> str:
+    """The hash of the one file; of several, that of the text `sha256sum` prints of them."""
     if len(hashes) == 1:
         return hashes[0]
-    names = (path.name for path in _source_files(source))
-    listing = "".join(f"{digest}  {name}\n" for digest, name in zip(hashes, names, strict=True))
+    listing = "".join(f"{digest}  {path.name}\n" for digest, path in zip(hashes, paths, strict=True))
     return hashlib.sha256(listing.encode()).hexdigest()
 
 
@@ -138,7 +168,7 @@ def _stated(artifact: Path) -> dict[str, Any] | None:
     stated = read_json(path, BadFile)
     if stated.get("format") != FORMAT:
         raise BadFile("not a certificate", where=path, found=str(stated.get("format"))[:40], expected=FORMAT)
-    found = files.sha256(artifact)
+    found = _joined(_hashed(artifact), _sha256(_hashed(artifact), thread_count(None)))
     if stated.get("artifact_sha256") != found:
         raise BadFile(
             "the certificate is of another file, or the file was changed since",
@@ -148,7 +178,25 @@ def _stated(artifact: Path) -> dict[str, Any] | None:
     return stated
 
 
-def _open(artifact: Path, source: Checkpoint) -> GgufFile:
+def _open(artifact: Path, source: Checkpoint) -> GgufFile | Checkpoint:
+    """The artifact, which has every tensor of the source in its shape. Raises NotFound, Unsupported, BadFile."""
+    return _open_folder(artifact, source) if artifact.is_dir() else _open_gguf(artifact, source)
+
+
+def _open_folder(artifact: Path, source: Checkpoint) -> Checkpoint:
+    if not (artifact / "config.json").is_file():
+        raise BadFile("not a model folder", where=artifact, expected="config.json")
+    folder = open_checkpoint(artifact)
+    try:
+        shapes = {name: spec.shape for name, spec in folder.specs.items()}
+        _check(artifact, folder.family.arch, {spec.name: spec for spec in source.specs.values()}, shapes, source)
+    except BaseException:
+        folder.close()
+        raise
+    return folder
+
+
+def _open_gguf(artifact: Path, source: Checkpoint) -> GgufFile:
     try:
         file = GgufFile(artifact)
     except OSError as error:
@@ -156,19 +204,31 @@ def _open(artifact: Path, source: Checkpoint) -> GgufFile:
     if file.values.get("split.count", 0) not in (0, 1):
         hint = "Join the parts with llama-gguf-split --merge"
         raise Unsupported("a GGUF split into several files", where=artifact, hint=hint)
-    arch = file.values.get("general.architecture")
+    shapes = {name: entry.shape for name, entry in file.entries.items()}
+    named = {spec.gguf_name: spec for spec in source.specs.values()}
+    _check(artifact, file.values.get("general.architecture"), named, shapes, source)
+    return file
+
+
+def _check(
+    artifact: Path,
+    arch: object,
+    expected: Mapping[str, TensorSpec],
+    shapes: Mapping[str, tuple[int, ...]],
+    source: Checkpoint,
+) -> None:
+    """Raises BadFile where the artifact is of another model. expected: the source's tensors by the artifact's names."""
     if arch != source.family.arch:
         raise BadFile("not the source's model", where=artifact, found=str(arch)[:40], expected=source.family.arch)
-    for spec in source.specs.values():
-        entry, where = file.entries.get(spec.gguf_name), f"{artifact}: {spec.gguf_name}"
-        if entry is None:
-            raise BadFile("a tensor of the source is missing", where=where, hint="Is it made from this source?")
-        if entry.shape != spec.shape:
-            hint = "Is it made from this source?"
+    hint = "Is it made from this source?"
+    for name, spec in expected.items():
+        found, where = shapes.get(name), f"{artifact}: {name}"
+        if found is None:
+            raise BadFile("a tensor of the source is missing", where=where, hint=hint)
+        if found != spec.shape:
             raise BadFile(
-                "not the source's shape", where=where, found=list(entry.shape), expected=list(spec.shape), hint=hint
+                "not the source's shape", where=where, found=list(found), expected=list(spec.shape), hint=hint
             )
-    return file
 
 
 def _utf8(name: str) -> str:

@@ -170,7 +170,7 @@ class _Laddered(_Rounding):
     def __init__(self, values: np.ndarray, moments: Moments, grid: Grid) -> None:
         super().__init__(values, moments, grid)
         importance = np.ascontiguousarray(moments.values.diagonal())
-        self.start = grid.unpack(ggml.quantize(values, grid.ggml_type, importance))
+        self.start = grid.unpack(ggml.quantize(values, ggml.type_of(grid), importance))
         steps, offsets = grid.ladder(self.start)
         group = grid.ladder_group
         # (n, rows): of every column its step and where its code 0 lies

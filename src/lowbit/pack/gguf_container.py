@@ -21,12 +21,13 @@ from lowbit.checkpoint.gguf_file import Field, TensorHead, write_header
 from lowbit.checkpoint.tensor_file import pick_rows
 from lowbit.errors import Unsupported
 from lowbit.grid.base import Grid
-from lowbit.pack import identify, lattice, mix, tokenizer
-from lowbit.pack.calibration import Calibration
+from lowbit.pack import lattice, tokenizer
+from lowbit.pack.guide import Encoder, Guide
 from lowbit.pack.partial import Partial, resumable
 from lowbit.pack.rows import file_rows, precision_of, row_slices
 from lowbit.threads import in_order, keep_freed_memory, thread_count
 
+RECIPE = "q4_0"
 # llama.cpp's LLAMA_FTYPE_*: what `general.file_type` says a file mostly is.
 FILE_TYPES = {
     "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q6_k": 18, "bf16": 32,
@@ -35,9 +36,10 @@ _GUESSED = 1024
 _QUANTIZATION_VERSION = 2
 _REPLACED = ("general.file_type", "general.quantization_version")
 _SLICE_WEIGHTS = 1 << 20  # weights encoded at a time: 4 MiB of float32
-_COMPENSATED_ROWS = 512
 
-Encoder = Callable[[int, int], np.ndarray]
+
+def holds(grid: str) -> bool:
+    return grids.get(grid).ggml_type is not None
 
 
 def write(
@@ -48,7 +50,7 @@ def write(
     file_type: str,
     naive: bool,
     threads: int | None = None,
-    calibration: Calibration | None = None,
+    guide: Guide | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> int:
     """Writes the file whole or not at all and returns its size in bytes. ``types``: grid name by tensor name.
@@ -58,11 +60,11 @@ def write(
     """
     keep_freed_memory()
     workers = thread_count(threads)
-    fields = metadata(checkpoint, file_type)
+    fields = metadata(checkpoint, file_type, guide)
     computed = checkpoint.family.computed(checkpoint.config)
     specs = checkpoint.specs
     heads = [_head(spec, grids.get(types[name])) for name, spec in specs.items()]
-    heads += [TensorHead(name, values.shape, grids.get("f32").ggml_type) for name, values in computed.items()]
+    heads += [TensorHead(name, values.shape, ggml.type_of(grids.get("f32"))) for name, values in computed.items()]
     header = io.BytesIO()
     offsets = write_header(header, fields, heads)
     start = [(0, header.getvalue())]
@@ -72,14 +74,14 @@ def write(
         "lowbit": __version__,
         "header": hashlib.sha256(start[0][1]).hexdigest(),
         "naive": naive,
-        "calibration": calibration.identity if calibration is not None else None,
+        "guide": guide.identity if guide is not None else None,
         "source": [file.identity for file in checkpoint.files],
     }
     with resumable(out, size, start, specs, asked) as file:
         if file.done:
             console.log(f"{out}: going on, {len(file.done)} of {len(specs)} tensors are there")
         missing = [pair for pair in zip(specs.values(), offsets, strict=False) if pair[0].name not in file.done]
-        jobs = _jobs(checkpoint, missing, types, file, naive=naive, calibration=calibration)
+        jobs = _jobs(checkpoint, missing, types, file, naive=naive, guide=guide)
         with (
             threadpool_limits(1, "blas"),  # the slices are what runs side by side
             console.progress("Packing", sum(math.prod(spec.shape) for spec, _ in missing), "weights") as bar,
@@ -102,7 +104,7 @@ def _jobs(
     file: Partial,
     *,
     naive: bool,
-    calibration: Calibration | None,
+    guide: Guide | None,
 ) -> Iterator[Callable[[], tuple[TensorSpec, int, bool]]]:
     """For each slice of each tensor, what encodes it and writes it from the tensor's offset on: gives its tensor, its
     rows, whether it is the last."""
@@ -113,9 +115,8 @@ def _jobs(
         return spec, stop - start, stop == spec.n_rows
 
     for spec, at in tensors:
-        encode = encoder(checkpoint, spec, grids.get(types[spec.name]), naive=naive, calibration=calibration)
-        # Every slice goes through the whole matrix of moments: not too thin ones.
-        least = _COMPENSATED_ROWS * spec.shape[-1] if calibration is not None and calibration.has(spec.name) else 0
+        encode = encoder(checkpoint, spec, grids.get(types[spec.name]), naive=naive, guide=guide)
+        least = guide.rows_at_least(spec) * spec.shape[-1] if guide is not None else 0
         for start, stop in row_slices(spec, max(_SLICE_WEIGHTS, least)):
             yield functools.partial(job, spec, encode, at, start, stop)
 
@@ -131,12 +132,13 @@ def header_bytes(checkpoint: Checkpoint) -> int:
     return padded + sum(-(-values.nbytes // 32) * 32 for values in computed.values())
 
 
-def metadata(checkpoint: Checkpoint, file_type: str) -> list[Field]:
+def metadata(checkpoint: Checkpoint, file_type: str, guide: Guide | None = None) -> list[Field]:
     """The file's key-values: a source GGUF's own, untouched but for the file type; else made from the HF folder."""
     own = [
         uint("general.quantization_version", _QUANTIZATION_VERSION),
         uint("general.file_type", FILE_TYPES.get(file_type, _GUESSED)),
     ]
+    own += guide.fields() if guide is not None else []
     carried = checkpoint.gguf_metadata()
     if carried is not None:
         # A split source has been joined by now, so its split.* keys would lie.
@@ -149,48 +151,35 @@ def metadata(checkpoint: Checkpoint, file_type: str) -> list[Field]:
     if checkpoint.license:
         general.append(text("general.license", checkpoint.license))
     vocab_size = checkpoint.info("model.embed_tokens.weight").shape[0]
-    tokens = tokenizer.metadata(checkpoint.path, checkpoint.config, vocab_size)
+    tokens = tokenizer.metadata(checkpoint.path, checkpoint.config, vocab_size, spm_model=checkpoint.family.spm_model)
     return general + checkpoint.family.metadata(checkpoint.config) + tokens + own
 
 
 def encoder(
-    checkpoint: Checkpoint, spec: TensorSpec, grid: Grid, *, naive: bool, calibration: Calibration | None = None
+    checkpoint: Checkpoint, spec: TensorSpec, grid: Grid, *, naive: bool, guide: Guide | None = None
 ) -> Encoder:
-    """How a tensor's rows become bytes: from (start, stop) to what GGUF has of these rows, (stop - start, row_bytes).
-
-    Any thread may call it, for any rows in any order.
-    """
+    """How a tensor's rows become bytes."""
+    if guide is not None and (naive or checkpoint.info(spec.name).grid != grid.name):
+        guided = guide.encoder(checkpoint, spec, grid, naive=naive)
+        if guided is not None:
+            return guided
 
     def values(start: int, stop: int) -> np.ndarray:
         return file_rows(checkpoint, spec, start, stop)
 
     if naive:
-        return lambda start, stop: ggml.quantize(values(start, stop), grid.ggml_type, checked=True)
+        return lambda start, stop: ggml.quantize(values(start, stop), ggml.type_of(grid), checked=True)
     if checkpoint.info(spec.name).grid == grid.name:
         return functools.partial(_stored, checkpoint, spec, grid)
-    if (
-        calibration is not None
-        and grid.max_code > 0
-        and calibration.knows(spec.name)
-        and not _on_lattice(checkpoint, spec)
-    ):
-        return lambda start, stop: mix.rounded(values(start, stop), spec.name, grid, calibration)
     if not grid.has_scales:
         # The same bits from either; K-quants from the C library in a quarter of the time.
         if grid.block_size > 1 and ggml.is_installed():
-            return lambda start, stop: ggml.quantize(values(start, stop), grid.ggml_type, checked=True)
+            return lambda start, stop: ggml.quantize(values(start, stop), ggml.type_of(grid), checked=True)
         return lambda start, stop: grid.pack(grid.quantize(values(start, stop)))
     # Quantization-aware training leaves values without their codes and scales. Where these cannot be found again this
     # is ordinary rounding.
     dtype = precision_of(checkpoint, spec)
     return lambda start, stop: grid.pack(lattice.recover(values(start, stop), dtype, grid)[0])
-
-
-def _on_lattice(checkpoint: Checkpoint, spec: TensorSpec) -> bool:
-    """Whether training left the tensor on a 4-bit grid, told from a sample of its rows: then it has lost its loss."""
-    rows, n = spec.n_rows, spec.shape[-1]
-    values = np.concatenate([file_rows(checkpoint, spec, int(i), int(i) + 1) for i in identify.sample(rows, n)])
-    return identify.identify(values, precision_of(checkpoint, spec)) is not None
 
 
 def _stored(checkpoint: Checkpoint, spec: TensorSpec, grid: Grid, start: int, stop: int) -> np.ndarray:
@@ -214,4 +203,4 @@ def _head(spec: TensorSpec, grid: Grid) -> TensorHead:
             f"rows are not a multiple of {grid.block_size}, which {grid.name} needs",
             where=spec.name, found=spec.shape[-1], hint="Choose a float recipe such as f16",
         )  # fmt: skip
-    return TensorHead(spec.gguf_name, spec.shape, grid.ggml_type)
+    return TensorHead(spec.gguf_name, spec.shape, ggml.type_of(grid))

@@ -14,15 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lowbit import console, ggml
+from lowbit import console
 from lowbit import grid as grids
 from lowbit.checkpoint import Checkpoint
 from lowbit.checkpoint.families.base import TensorSpec
-from lowbit.checkpoint.gguf_file import row_bytes
 from lowbit.errors import BadOption
-from lowbit.grid.base import Grid
 from lowbit.pack.calibration import Calibration
-from lowbit.pack.compensate import can_compensate, compensate
 from lowbit.pack.rows import file_rows
 from lowbit.threads import in_order
 from lowbit.units import format_bytes
@@ -138,23 +135,13 @@ def solve(items: Sequence[Sequence[tuple[int, float]]], room: int) -> list[int]:
     return picked
 
 
-def rounded(values: np.ndarray, name: str, grid: Grid, calibration: Calibration) -> np.ndarray:
-    """Bytes (rows, row_bytes) of ``values`` (rows, n) float32, rounded as well as the calibration lets it."""
-    if calibration.has(name) and can_compensate(grid) and grid.bits_per_weight < 8:
-        return grid.pack(compensate(values, calibration.moments(name), grid))
-    if grid.block_size == 1:
-        return grid.pack(grid.quantize(values))
-    weights = calibration.importance(name) if calibration.knows(name) else None
-    return ggml.quantize(values, grid.ggml_type, weights)
-
-
 def _measured(checkpoint: Checkpoint, calibration: Calibration, spec: TensorSpec, type_: str) -> Choice:
     grid, rows, n = grids.get(type_), spec.n_rows, spec.shape[-1]
     cost = 0.0
     looked_at = 0
     for start, stop in _sample(rows, n, everything=spec.name == calibration.head):
         values = file_rows(checkpoint, spec, start, stop)
-        raw = rounded(values, spec.name, grid, calibration)
+        raw = calibration.rounded(spec.name, values, grid)
         errors = values - grid.dequantize(grid.unpack(raw)).reshape(values.shape)
         # The calibration has Hugging Face's order of rows, the values the file's.
         order = spec.gguf_rows()
@@ -181,5 +168,6 @@ def _for_row(type_: str, n: int) -> str:
 
 
 def _n_bytes(spec: TensorSpec, type_: str) -> int:
-    n_bytes = spec.n_rows * row_bytes(spec.shape[-1], grids.get(type_).ggml_type)
+    grid = grids.get(type_)
+    n_bytes = spec.n_rows * (spec.shape[-1] // grid.block_size) * grid.block_bytes
     return -(-n_bytes // 32) * 32  # GGUF aligns every tensor

@@ -1,9 +1,10 @@
-"""The comparison behind a certificate: every block of a packed file against the source's values, a slice at a time."""
+"""The comparison behind a certificate: every block of an artifact against the source's values, a slice at a time."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,9 +17,10 @@ from lowbit.checkpoint import Checkpoint
 from lowbit.checkpoint.families.base import TensorSpec
 from lowbit.checkpoint.gguf_file import GgufFile
 from lowbit.errors import LowbitError
-from lowbit.grid.base import Grid
+from lowbit.grid._mlx_affine import MlxAffine
+from lowbit.grid.base import Blocks, Grid
 from lowbit.pack import identify, lattice
-from lowbit.pack.rows import file_rows, precision_of, row_slices
+from lowbit.pack.rows import file_rows, plain_precision_of, plain_rows, precision_of, row_slices
 from lowbit.threads import in_order
 
 _SLICE_WEIGHTS = 1 << 19  # decoded and compared at a time
@@ -50,13 +52,11 @@ class TensorProof:
     note: str | None = None
 
 
-def prove_tensors(file: GgufFile, source: Checkpoint, label: str, threads: int) -> list[TensorProof]:
-    """The proof of every tensor of ``source``, in its order. ``file`` has them all, in the source's shapes; errors call
-    it ``label``. Raises BadFile on NaN or Inf in either."""
-    tensors = [_Tensor(file, source, spec, f"{label}: {spec.gguf_name}") for spec in source.specs.values()]
+def prove_tensors(tensors: Sequence[Tensor], n_weights: int, threads: int) -> list[TensorProof]:
+    """The proof of each tensor; ``n_weights`` is how many they have together. Raises BadFile on NaN or Inf."""
     jobs = (job for tensor in tensors for job in tensor.jobs())
     with (
-        console.progress("Proving", source.n_weights, "weights") as bar,
+        console.progress("Proving", n_weights, "weights") as bar,
         contextlib.closing(in_order(jobs, threads)) as finished,
     ):
         for found in finished:
@@ -69,30 +69,42 @@ def prove_tensors(file: GgufFile, source: Checkpoint, label: str, threads: int) 
 class _Found:
     """What one job found of a tensor: blocks by status, the largest error; or the lattice."""
 
-    tensor: _Tensor
+    tensor: Tensor
     n_weights: int = 0
     counts: np.ndarray | int = 0
     max_error: float = 0.0
     grid: str | None = None
 
 
-class _Tensor:
-    """One tensor at work: how it is compared, and what its slices have shown so far."""
+class Tensor(ABC):
+    """One tensor at work: how it is compared, and what its slices have shown so far.
 
-    def __init__(self, file: GgufFile, source: Checkpoint, spec: TensorSpec, where: str) -> None:
-        self.file, self.source, self.spec, self.where = file, source, spec, where
-        self.stored_type, self.info = file.entries[spec.gguf_name].dtype, source.info(spec.name)
+    kind: the artifact's type of it. grid: that type's, None where lowbit has none. where: what errors call it.
+    """
+
+    def __init__(self, source: Checkpoint, spec: TensorSpec, where: str, kind: str, grid: Grid | None) -> None:
+        self.source, self.spec, self.where, self.kind, self.grid = source, spec, where, kind, grid
+        self.info = source.info(spec.name)
         self.counts, self.max_error = np.zeros(3, np.int64), 0.0
-        self.grid: Grid | None = None
         self.lattice: str | None = None
         self.dtype = ""
-        with contextlib.suppress(LowbitError):
-            self.grid = grids.by_ggml_type(GGMLQuantizationType[self.stored_type])
+
+    @abstractmethod
+    def values(self, start: int, stop: int) -> np.ndarray:
+        """Rows of the source's values in the artifact's layout, float32 (stop - start, n)."""
+
+    @abstractmethod
+    def precision(self) -> str:
+        """What all of ``values`` are rounded to: 'BF16', 'F16' or 'F32'."""
+
+    @abstractmethod
+    def blocks(self, start: int, stop: int) -> Blocks:
+        """Rows of what the artifact stores."""
 
     def jobs(self) -> Iterator[Callable[[], _Found]]:
         if self.grid is None:
             return
-        self.dtype = precision_of(self.source, self.spec)
+        self.dtype = self.precision()
         if len(self.spec.shape) > 1:
             yield self._identify
         for start, stop in row_slices(self.spec, _SLICE_WEIGHTS):
@@ -104,13 +116,13 @@ class _Tensor:
         self.lattice = found.grid or self.lattice
 
     def proof(self) -> TensorProof:
-        name, kind, dtype = self.spec.name, self.stored_type.lower(), self.info.dtype
+        name, kind, dtype = self.spec.name, self.kind, self.info.dtype
         if self.grid is None:
             note = f"lowbit cannot decode {kind}: not compared"
             return TensorProof(name=name, type=kind, source_dtype=dtype, note=note)
         return TensorProof(
             name=name,
-            type=self.grid.name,
+            type=self.kind,
             source_dtype=dtype,
             rounded_to=self.dtype,
             grid=self.lattice,
@@ -122,9 +134,8 @@ class _Tensor:
         )
 
     def _compare(self, grid: Grid, start: int, stop: int) -> _Found:
-        values = file_rows(self.source, self.spec, start, stop)
-        raw = self.file.read_rows(self.spec.gguf_name, start, stop)
-        status, error = _compare(values, raw, grid, self.dtype, self.where)
+        values = self.values(start, stop)
+        status, error = _compare(values, self.blocks(start, stop), grid, self.dtype, self.where)
         counts = np.bincount(status.reshape(-1), minlength=3)
         return _Found(tensor=self, n_weights=values.size, counts=counts, max_error=error)
 
@@ -133,25 +144,75 @@ class _Tensor:
         if stored not in _FLOATS:
             return _Found(tensor=self, grid=f"stored as {stored.lower()}")
         picked = identify.sample(self.spec.n_rows, self.spec.shape[-1])
-        values = np.concatenate([file_rows(self.source, self.spec, row, row + 1) for row in picked])
+        values = np.concatenate([self.values(row, row + 1) for row in picked])
         return _Found(tensor=self, grid=identify.describe(values, stored))
 
 
-def _compare(values: np.ndarray, raw: np.ndarray, grid: Grid, dtype: str, where: str) -> tuple[np.ndarray, float]:
-    """Statuses (rows, n_blocks) of stored bytes (rows, row_bytes), and the largest error outside of exact blocks."""
-    blocks = grid.unpack(raw)
+class GgufTensor(Tensor):
+    """A tensor of a GGUF; the file has it in the source's shape."""
+
+    def __init__(self, file: GgufFile, source: Checkpoint, spec: TensorSpec, label: str) -> None:
+        kind, grid = file.entries[spec.gguf_name].dtype, None
+        with contextlib.suppress(LowbitError):
+            grid = grids.by_ggml_type(GGMLQuantizationType[kind])
+        super().__init__(source, spec, f"{label}: {spec.gguf_name}", kind.lower(), grid)
+        self.file = file
+
+    def values(self, start: int, stop: int) -> np.ndarray:
+        return file_rows(self.source, self.spec, start, stop)
+
+    def precision(self) -> str:
+        return precision_of(self.source, self.spec)
+
+    def blocks(self, start: int, stop: int) -> Blocks:
+        assert self.grid is not None
+        return self.grid.unpack(self.file.read_rows(self.spec.gguf_name, start, stop))
+
+
+class FolderTensor(Tensor):
+    """A tensor of a folder, MLX's or compressed-tensors': in Hugging Face's layout, as the source's."""
+
+    def __init__(self, folder: Checkpoint, source: Checkpoint, spec: TensorSpec, label: str) -> None:
+        kind = folder.info(spec.name).dtype.lower()
+        coded = folder.coded_rows(spec.name, 0, 1)
+        if coded is not None:
+            kind = coded[0]
+        super().__init__(source, spec, f"{label}: {spec.name}", kind, grids.get(kind) if kind != "f64" else None)
+        self.folder, self._is_coded = folder, coded is not None
+
+    def values(self, start: int, stop: int) -> np.ndarray:
+        return plain_rows(self.source, self.spec, start, stop)
+
+    def precision(self) -> str:
+        return plain_precision_of(self.source, self.spec)
+
+    def blocks(self, start: int, stop: int) -> Blocks:
+        coded = self.folder.coded_rows(self.spec.name, start, stop) if self._is_coded else None
+        if coded is not None:
+            return coded[1]
+        assert self.grid is not None
+        values = self.folder.read_rows(self.spec.name, start, stop)
+        grids.check_finite(values, self.where)
+        return self.grid.quantize(values)
+
+
+def _compare(values: np.ndarray, blocks: Blocks, grid: Grid, dtype: str, where: str) -> tuple[np.ndarray, float]:
+    """Statuses (rows, n_blocks) of what is stored, and the largest error outside of exact blocks."""
     if blocks.scales is not None:
         grids.check_finite(blocks.scales, where)
-    if grid.has_scales:  # values are finite where scales are
+    if grid.has_scales:
         status = lattice.judge(values, blocks, dtype)
         if (status == lattice.EXACT).all():
             return status, 0.0
     stored = grid.dequantize(blocks)
-    if not grid.has_scales:
+    if not grid.has_scales or np.asarray(blocks.scales).dtype != np.float16:
         grids.check_finite(stored, where)
+    if not grid.has_scales:
         size = grid.block_size if grid.block_size > 1 else values.shape[1]
         same = (lattice.round_to(stored, dtype) == values).reshape(len(values), -1, size).all(-1)
-        status = np.where(same, lattice.EXACT, lattice.OFF_LATTICE)
+        status = np.where(same, lattice.EXACT, lattice.OFF_LATTICE).astype(np.uint8)
+        if isinstance(grid, MlxAffine):
+            _add_rounded_scales(status, values, blocks, grid, dtype)
     wrong = status != lattice.EXACT
     if not wrong.any():
         return status, 0.0
@@ -164,3 +225,14 @@ def _compare(values: np.ndarray, raw: np.ndarray, grid: Grid, dtype: str, where:
 def _largest(stored: np.ndarray, values: np.ndarray) -> float:
     """The largest difference, exact: float64."""
     return float(np.abs(np.subtract(stored, values, dtype=np.float64)).max())
+
+
+def _add_rounded_scales(status: np.ndarray, values: np.ndarray, blocks: Blocks, grid: MlxAffine, dtype: str) -> None:
+    """Of MLX's symmetric groups that are not exact: those with the right codes on a scale that had to be rounded."""
+    assert blocks.scales is not None and blocks.mins is not None
+    scales = blocks.scales.astype(np.float32)
+    off = (status != lattice.EXACT) & (blocks.mins == scales * np.float32(-grid.zero))
+    codes = (blocks.codes[off].astype(np.int16) - grid.zero).astype(np.int8)
+    w = values.reshape(*status.shape, -1)[off]
+    judged = lattice.judge(w, Blocks(codes=codes[:, None], scales=scales[off][:, None]), dtype)[:, 0]
+    status[off] = np.minimum(judged, lattice.WITHIN_SCALE_ROUNDING)

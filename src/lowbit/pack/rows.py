@@ -16,7 +16,10 @@ from lowbit.pack import lattice
 def file_rows(checkpoint: Checkpoint, spec: TensorSpec, start: int, stop: int) -> np.ndarray:
     """Rows of the tensor seen as (rows, n), a vector as one row: float32 (stop - start, n). Raises BadFile on NaN or
     Inf."""
-    values = pick_rows(spec.gguf_rows(), start, stop, lambda a, b: checkpoint.read_rows(spec.name, a, b))
+    is_vector = len(spec.shape) == 1
+    values = pick_rows(
+        spec.gguf_rows(), start, stop, lambda a, b: checkpoint.read_rows(spec.name, a, b), of_vector=is_vector
+    )
     if spec.gguf_offset:
         values += np.float32(spec.gguf_offset)
     grids.check_finite(values, f"{checkpoint.path}: {spec.name}")
@@ -27,19 +30,26 @@ def row_slices(spec: TensorSpec, weights: int) -> Iterator[tuple[int, int]]:
     """(start, stop) of slices of about ``weights`` weights, at least a row; whole heads where the file reorders rows
     within a head, so that none is read twice."""
     rows = spec.n_rows
-    unit = rows // spec.heads if spec.heads else 1
+    unit = rows // spec.heads if spec.heads and len(spec.shape) > 1 else 1
     step = max(1, weights // (spec.shape[-1] * unit)) * unit
     return ((start, min(rows, start + step)) for start in range(0, rows, step))
 
 
-def precision_of(checkpoint: Checkpoint, spec: TensorSpec) -> str:
-    """What ``file_rows`` are rounded to: 'BF16', 'F16' or 'F32'; after an offset it is F32.
+def plain_rows(checkpoint: Checkpoint, spec: TensorSpec, start: int, stop: int) -> np.ndarray:
+    """The same in Hugging Face's own order and values."""
+    values = checkpoint.read_rows(spec.name, start, stop)
+    grids.check_finite(values, f"{checkpoint.path}: {spec.name}")
+    return values
 
-    Of a tensor stored as F32 rows are read until one is finer than BF16.
-    """
+
+def precision_of(checkpoint: Checkpoint, spec: TensorSpec) -> str:
+    """What ``file_rows`` are rounded to: 'BF16', 'F16' or 'F32'; after an offset it is F32."""
+    return "F32" if spec.gguf_offset else plain_precision_of(checkpoint, spec)
+
+
+def plain_precision_of(checkpoint: Checkpoint, spec: TensorSpec) -> str:
+    """What ``plain_rows`` are rounded to. Of a tensor stored as F32 rows are read until one is finer than BF16."""
     stored = checkpoint.info(spec.name).dtype
-    if spec.gguf_offset:
-        return "F32"
     if stored != "F32":
         return lattice.precision(np.empty(0, np.float32), stored)
     slices = row_slices(spec, 1 << 18)

@@ -2,7 +2,8 @@
 
 Everything is read from tokenizer.json (what transformers itself runs), never by running code. Two kinds are known:
 byte-level BPE ('gpt2'), whose regular expressions llama.cpp has under a name of its own (``tokenizer.ggml.pre``), and
-BPE with byte fallback ('llama', SentencePiece's form), whose merge order becomes scores.
+BPE with byte fallback (SentencePiece's form). Of the latter the merge order becomes scores ('llama'), or, for Gemma 4,
+llama.cpp follows the merges themselves ('gemma4').
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 _SPECIAL_KEYS = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
 _ABSENT_SCORE = -1000.0  # what llama.cpp's converter gives tokens that no merge may make
 _SPACE = "▁"
+# Tokens that llama.cpp must show in its answers, as it reads thoughts and tool calls out of the text.
+_GEMMA4_VISIBLE = {
+    "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>',
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +44,9 @@ class _Vocab:
     ids: dict[str, int]
 
 
-def metadata(folder: Path, config: Mapping[str, Any], vocab_size: int) -> list[Field]:
+def metadata(folder: Path, config: Mapping[str, Any], vocab_size: int, *, spm_model: str = "llama") -> list[Field]:
     """``tokenizer.*`` for a Hugging Face folder. ``vocab_size``: rows of the embedding; missing tokens are padded.
+    ``spm_model``: 'llama' or 'gemma4', the one of the two that llama.cpp runs for this model if it has byte fallback.
 
     Raises NotFound (no tokenizer.json), BadFile, Unsupported (a kind llama.cpp does not split the same way).
     """
@@ -58,9 +64,12 @@ def metadata(folder: Path, config: Mapping[str, Any], vocab_size: int) -> list[F
         model = tokenizer["model"]
         if model["type"] != "BPE":
             raise Unsupported("unsupported kind of tokenizer", where=path, found=model["type"], expected="BPE")
-        kind = _spm if model.get("byte_fallback") else _byte_level
+        spm = _gemma4 if spm_model == "gemma4" else _spm
+        kind = spm if model.get("byte_fallback") else _byte_level
         fields, vocab = kind(path, tokenizer, vocab_size)
-        fields += _special_ids(settings, config, vocab) + _added_at_ends(tokenizer, settings)
+        fields += _special_ids(settings, config, vocab)
+        fields += _added_at_ends(tokenizer, settings, always_bos=kind is _gemma4)
+        fields += _suppressed(folder / "generation_config.json", vocab)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         # The file's structure is a stranger's: any surprise in it means the same thing.
         raise BadFile("not the structure of a tokenizer.json", where=path, found=repr(error)[:80]) from error
@@ -77,15 +86,19 @@ def _byte_level(path: Path, tokenizer: Mapping[str, Any], vocab_size: int) -> tu
             "llama.cpp does not normalize text for this kind of tokenizer", where=path, found="a normalizer"
         )
     vocab = _vocab(path, tokenizer, vocab_size, spm=False)
-    merges = [m if isinstance(m, str) else f"{_no_space(m[0])} {_no_space(m[1])}" for m in tokenizer["model"]["merges"]]
     return [
         text("tokenizer.ggml.model", "gpt2"),
         text("tokenizer.ggml.pre", pre),
         _strings("tokenizer.ggml.tokens", vocab.tokens),
         _numbers("tokenizer.ggml.token_type", vocab.types, GGUFValueType.INT32),
-        _strings("tokenizer.ggml.merges", merges),
+        _strings("tokenizer.ggml.merges", _merges(tokenizer)),
         _flag("tokenizer.ggml.add_space_prefix", False),
     ], vocab
+
+
+def _merges(tokenizer: Mapping[str, Any]) -> list[str]:
+    merges = tokenizer["model"]["merges"]
+    return [m if isinstance(m, str) else f"{_no_space(m[0])} {_no_space(m[1])}" for m in merges]
 
 
 def _no_space(part: str) -> str:
@@ -145,6 +158,24 @@ def _spm(path: Path, tokenizer: Mapping[str, Any], vocab_size: int) -> tuple[lis
         _numbers("tokenizer.ggml.scores", _scores(tokenizer["model"], vocab), GGUFValueType.FLOAT32),
         _numbers("tokenizer.ggml.token_type", vocab.types, GGUFValueType.INT32),
         _flag("tokenizer.ggml.add_space_prefix", add_space_prefix),
+    ], vocab
+
+
+def _gemma4(path: Path, tokenizer: Mapping[str, Any], vocab_size: int) -> tuple[list[Field], _Vocab]:
+    if _space_prefix(path, tokenizer):
+        raise Unsupported("llama.cpp puts no space before the text for Gemma 4", where=path, found="a space prefix")
+    vocab = _vocab(path, tokenizer, vocab_size, spm=True)
+    for token in _GEMMA4_VISIBLE & vocab.ids.keys():
+        vocab.types[vocab.ids[token]] = int(TokenType.USER_DEFINED)
+    if (unknown := vocab.ids.get(tokenizer["model"].get("unk_token") or "")) is not None:
+        vocab.types[unknown] = int(TokenType.CONTROL)
+    return [
+        text("tokenizer.ggml.model", "gemma4"),
+        _strings("tokenizer.ggml.tokens", vocab.tokens),
+        _numbers("tokenizer.ggml.scores", [_ABSENT_SCORE] * vocab_size, GGUFValueType.FLOAT32),
+        _numbers("tokenizer.ggml.token_type", vocab.types, GGUFValueType.INT32),
+        _strings("tokenizer.ggml.merges", _merges(tokenizer)),
+        _flag("tokenizer.ggml.add_space_prefix", False),
     ], vocab
 
 
@@ -209,7 +240,7 @@ def _vocab(path: Path, tokenizer: Mapping[str, Any], vocab_size: int, *, spm: bo
 
 
 def _special_ids(settings: Mapping[str, Any], config: Mapping[str, Any], vocab: _Vocab) -> list[Field]:
-    fields = []
+    config, fields = config.get("text_config", config), []
     for ours, theirs in _SPECIAL_KEYS.items():
         named = settings.get(f"{ours}_token")
         content = named.get("content") if isinstance(named, dict) else named
@@ -222,13 +253,27 @@ def _special_ids(settings: Mapping[str, Any], config: Mapping[str, Any], vocab: 
     return fields
 
 
-def _added_at_ends(tokenizer: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Field]:
-    """Whether BOS and EOS go around the text: what the post-processor does, else what the settings say."""
+def _added_at_ends(tokenizer: Mapping[str, Any], settings: Mapping[str, Any], *, always_bos: bool) -> list[Field]:
+    """Whether BOS and EOS go around the text: what the post-processor does, else what the settings say.
+
+    always_bos: llama.cpp puts BOS before the text whatever the file says (Gemma 4), so the file says so.
+    """
     add = {"bos": bool(settings.get("add_bos_token")), "eos": bool(settings.get("add_eos_token"))}
     for step in _flatten(tokenizer.get("post_processor"), "processors"):
         if step["type"] == "TemplateProcessing":
             add = {"bos": "SpecialToken" in step["single"][0], "eos": "SpecialToken" in step["single"][-1]}
+    add["bos"] |= always_bos
     return [_flag(f"tokenizer.ggml.add_{end}_token", value) for end, value in add.items()]
+
+
+def _suppressed(path: Path, vocab: _Vocab) -> list[Field]:
+    """Tokens that are never to be generated, of a generation_config.json that names any (Gemma 4 12B's does)."""
+    generation = read_json(path, BadFile) if path.is_file() else {}
+    named = generation.get("suppress_tokens") or []
+    if not isinstance(named, list) or not all(type(i) is int for i in named):
+        raise BadFile("suppress_tokens is not a list of token ids", where=path, found=repr(named)[:60])
+    known = [i for i in named if 0 <= i < len(vocab.tokens)]
+    return [_numbers("tokenizer.ggml.suppress_tokens", known, GGUFValueType.INT32)] if known else []
 
 
 def _chat_template(folder: Path, settings: Mapping[str, Any]) -> list[Field]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from lowbit.checkpoint.gguf_file import GgufFile
 from lowbit.errors import BadFile, BadOption, BadText, NotFound, RuntimeFailed
-from lowbit.run import _chat_template, _llama_h, _trial
+from lowbit.run import _chat_template, _llama_h, _tokens, _trial
 from lowbit.run._products import Observer, Watch
 from lowbit.run._sampling import sample
 from lowbit.threads import available_cores
@@ -38,6 +38,9 @@ KV_TYPES: dict[str, int] = {
     "iq4_nl": 20,
 }
 _LOGITS_BYTES = 128 * MIB
+_CONTEXT_HINT = "A smaller context or another KV type may work; LOWBIT_DEBUG=1 shows llama.cpp's log"
+_DRAFTER = "gemma4-assistant"
+_DRAFTER_HINT = "It is a drafter, which runs beside its target only: llama-server --model-draft"
 _UNQUANTIZED = ("f32", "f16", "bf16")
 
 
@@ -133,7 +136,7 @@ class LlamaCpp:
                 "llama.cpp cannot make a context for this model",
                 where=self.path,
                 found=self._llama.log.take() or None,
-                hint="A smaller context or another KV type may work; LOWBIT_DEBUG=1 shows llama.cpp's log",
+                hint=_DRAFTER_HINT if self.metadata.get("general.architecture") == _DRAFTER else _CONTEXT_HINT,
             )
         # llama.cpp rounds n_ctx up to a multiple of 256.
         padded = -(-self.context // 256) * 256
@@ -380,23 +383,12 @@ class LlamaCpp:
         return np.ctypeslib.as_array(self._lib.llama_get_logits(context), shape=(outputs, self.n_vocab))
 
     def _fitting(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
-        self._check_ids(tokens)
-        if not 0 < len(tokens) <= self.context:
-            raise BadOption(
-                "the sequence does not fit the context",
-                where=self.path,
-                found=f"{len(tokens)} tokens",
-                expected=f"1 to {self.context}",
-                hint="Open the model with a larger context",
-            )
-        return np.ascontiguousarray(tokens, np.int32)
+        self._open_model()
+        return _tokens.fitting(tokens, self.n_vocab, self.context, self.path)
 
     def _check_ids(self, tokens: Sequence[int] | np.ndarray) -> None:
         self._open_model()
-        ids = np.asarray(tokens)
-        if ids.size and (ids.min() < 0 or ids.max() >= self.n_vocab):
-            # llama.cpp would read past its table.
-            raise BadOption("a token id is out of range", found=int(ids.max()), expected=f"0 to {self.n_vocab - 1}")
+        _tokens.check_ids(tokens, self.n_vocab)
 
     def _spelled(self, token: int) -> str:
         return self.piece(token, special=True).decode("utf-8", "replace") if token >= 0 else ""

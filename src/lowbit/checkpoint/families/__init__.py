@@ -17,7 +17,7 @@ __all__ = ["Family", "by_arch", "by_config", "names"]
 def _families() -> dict[str, Family]:
     found: dict[str, Family] = {}
     for module_info in pkgutil.iter_modules(__path__):
-        if module_info.name == "base":
+        if module_info.name == "base" or module_info.name.startswith("_"):  # what families share
             continue
         family = getattr(importlib.import_module(f"{__name__}.{module_info.name}"), "FAMILY", None)
         if not isinstance(family, Family) or family.name != module_info.name:

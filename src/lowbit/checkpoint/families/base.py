@@ -99,6 +99,15 @@ def decoder_tensors(
     )
 
 
+def multimodal_name(name: str, stored: Collection[str]) -> str:
+    """The name under which a folder holds tensor ``name`` of a text model that may be part of a multimodal one."""
+    for prefix in ("", "language_model.", "model.language_model."):
+        bare = name.removeprefix("model.") if prefix == "model.language_model." else name
+        if prefix + bare in stored:
+            return prefix + bare
+    return name
+
+
 class Family(ABC):
     """One family; subclasses set the class variables and write the methods."""
 
@@ -106,6 +115,7 @@ class Family(ABC):
     arch: ClassVar[str]  # GGUF's general.architecture
     model_types: ClassVar[tuple[str, ...]]
     architectures: ClassVar[tuple[str, ...]]
+    spm_model: ClassVar[str] = "llama"  # tokenizer.ggml.model of a tokenizer with byte fallback
 
     @abstractmethod
     def text_config(self, config: Mapping[str, Any], where: object) -> dict[str, Any]:
@@ -123,6 +133,10 @@ class Family(ABC):
         """Whether a folder may hold this tensor although the text model has no use for it."""
         return False
 
+    def unused_in_gguf(self, gguf_name: str, config: Mapping[str, Any]) -> bool:
+        """Whether a GGUF may hold this tensor although the text model has no use for it."""
+        return False
+
     @abstractmethod
     def metadata(self, config: Mapping[str, Any]) -> list[Field]:
         """The architecture's GGUF key-values (``<arch>.*``) for a config."""
@@ -130,6 +144,10 @@ class Family(ABC):
     @abstractmethod
     def config_from_gguf(self, values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: object) -> dict:
         """config.json rebuilt from a GGUF's key-values and tensor shapes (by GGUF name, row-major)."""
+
+    def mlx_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """config.json as mlx-lm's model of this family reads it. Raises Unsupported where it has none."""
+        raise Unsupported("lowbit does not write this family for MLX", found=self.name, hint="--to gguf has it")
 
     def computed(self, config: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Tensors that GGUF stores and Hugging Face computes from the config (by GGUF name, float32)."""
@@ -152,13 +170,14 @@ class Keys:
         value = self.config.get(key)
         return default if value is None else value
 
-    def size(self, key: str, default: int | None = None, most: int = _MAX_SIZE) -> int:
-        """A positive whole number."""
+    def size(self, key: str, default: int | None = None, most: int = _MAX_SIZE, least: int = 1) -> int:
+        """A whole number from ``least`` to ``most``."""
         value = self.get(key, self.defaults.get(key, default))
         if value is None:
             raise BadConfig(f"missing key {key}", where=self.where, expected="a positive whole number")
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
-            raise BadConfig(f"bad value for {key}", where=self.where, found=repr(value)[:60], expected=f"1 to {most}")
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            expected = f"{least} to {most}"
+            raise BadConfig(f"bad value for {key}", where=self.where, found=repr(value)[:60], expected=expected)
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -216,6 +235,12 @@ def rope_of(config: Mapping[str, Any], where: object, allowed: Mapping[str, tupl
     return rope_parameters(config.get(key), where, allowed, theta, key)
 
 
+def mlx_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """mlx-lm's keys of a rope: it knows ``rope_parameters`` for few models only."""
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return {"rope_theta": rope["rope_theta"], "rope_scaling": scaling if rope["rope_type"] != "default" else None}
+
+
 def rope_parameters(
     value: Any, where: object, allowed: Mapping[str, tuple[str, ...]], theta: float, key: str = "rope_parameters"
 ) -> dict[str, Any]:
@@ -233,7 +258,7 @@ def rope_parameters(
     if kinds or kind not in allowed:
         raise Unsupported(f"{key} has an unsupported rope_type", where=where, found=kind, expected=list(allowed))
     result = {"rope_type": kind, "rope_theta": positive(f"{key}.rope_theta", rest.pop("rope_theta", theta), where)}
-    if rest.pop("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
+    if "partial_rotary_factor" not in allowed[kind] and rest.pop("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
         raise Unsupported("partial_rotary_factor is not supported", where=where)
     for number in allowed[kind]:
         if number not in rest:
@@ -262,6 +287,20 @@ class Gguf:
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _MAX_SIZE:
             what = f"bad value for {self.arch}.{key}"
             raise BadFile(what, where=self.where, found=repr(value)[:60], expected="a positive whole number")
+        return value
+
+    def count(self, key: str) -> int:
+        """A whole number that may be 0, and is where the key is absent."""
+        return 0 if self.get(key, 0) == 0 else self.size(key)
+
+    def each(self, key: str, n: int, default: int | None = None) -> list[int]:
+        """A positive whole number for each of ``n`` layers: an array, or one number for all."""
+        value = self.get(key, default)
+        if not isinstance(value, list):
+            return [self.size(key, default)] * n
+        if len(value) != n or not all(type(v) is int and 0 < v <= _MAX_SIZE for v in value):
+            what = f"bad value for {self.arch}.{key}"
+            raise BadFile(what, where=self.where, found=repr(value)[:60], expected=f"{n} positive whole numbers")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -296,3 +335,7 @@ def real(key: str, value: float) -> Field:
 
 def text(key: str, value: str) -> Field:
     return Field(key, value, GGUFValueType.STRING)
+
+
+def array(key: str, values: Sequence[Any], kind: GGUFValueType) -> Field:
+    return Field(key, list(values), GGUFValueType.ARRAY, kind)

@@ -16,6 +16,8 @@ from lowbit.checkpoint.families.base import (
     Keys,
     TensorSpec,
     decoder_tensors,
+    mlx_rope,
+    multimodal_name,
     real,
     rope_parameters,
     text,
@@ -34,7 +36,6 @@ _DEFAULTS = {
     "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131_072,
     "rms_norm_eps": 1e-6, "query_pre_attn_scalar": 256, "sliding_window": 4096,
 }  # fmt: skip
-_PREFIXES = ("", "language_model.", "model.language_model.")
 _OTHER_PARTS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 _27B_LAYERS = 62
 
@@ -99,11 +100,7 @@ class Gemma3(Family):
         return decoder_tensors(layer, config["num_hidden_layers"], hidden, vocab, tied=tied, norm_offset=1.0)
 
     def stored_name(self, name: str, stored: Collection[str]) -> str:
-        for prefix in _PREFIXES:
-            bare = name.removeprefix("model.") if prefix == "model.language_model." else name
-            if prefix + bare in stored:
-                return prefix + bare
-        return name
+        return multimodal_name(name, stored)
 
     def ignorable(self, stored_name: str, config: Mapping[str, Any]) -> bool:
         tied = config.get("tie_word_embeddings") is not False
@@ -127,6 +124,12 @@ class Gemma3(Family):
         if rope["rope_type"] == "linear":
             fields += [text("gemma3.rope.scaling.type", "linear"), real("gemma3.rope.scaling.factor", rope["factor"])]
         return fields
+
+    def mlx_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        full, local = _ropes(config, "config")
+        return {
+            **config, **mlx_rope(full), "rope_local_base_freq": local["rope_theta"], "sliding_window_pattern": _PERIOD,
+        }  # fmt: skip
 
     def config_from_gguf(self, values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: object) -> dict:
         keys = Gguf(values, "gemma3", where)

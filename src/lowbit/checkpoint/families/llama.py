@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lowbit.checkpoint.families.base import Family, Gguf, Keys, TensorSpec, real, rope_of, text, uint
+from lowbit.checkpoint.families.base import Family, Gguf, Keys, TensorSpec, mlx_rope, real, rope_of, text, uint
 from lowbit.checkpoint.gguf_file import Field
 from lowbit.errors import BadConfig, BadFile, Unsupported
 
@@ -125,6 +125,9 @@ class Llama(Family):
         if rope["rope_type"] == "linear":
             fields += [text("llama.rope.scaling.type", "linear"), real("llama.rope.scaling.factor", rope["factor"])]
         return fields
+
+    def mlx_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {**config, **mlx_rope(_rope(config, "config"))}
 
     def config_from_gguf(self, values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: object) -> dict:
         keys = Gguf(values, "llama", where)

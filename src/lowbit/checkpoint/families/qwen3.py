@@ -15,6 +15,7 @@ from lowbit.checkpoint.families.base import (
     Keys,
     TensorSpec,
     decoder_tensors,
+    mlx_rope,
     real,
     rope_of,
     text,
@@ -102,6 +103,9 @@ class Qwen3(Family):
         if rope["rope_type"] == "linear":
             fields += [text("qwen3.rope.scaling.type", "linear"), real("qwen3.rope.scaling.factor", rope["factor"])]
         return fields
+
+    def mlx_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {**config, **mlx_rope(_rope(config, "config"))}
 
     def config_from_gguf(self, values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: object) -> dict:
         keys = Gguf(values, "qwen3", where)

@@ -1,0 +1,163 @@
+"""The compressed-tensors container: a folder of symmetric 4-bit integers (w4a16, pack-quantized) that transformers and
+vLLM load.
+
+Codes from -8 to 7 times a scale a group: those of a lattice, of a checkpoint that was trained on Q4_0 and of a GGUF's
+Q4_0 blocks stay as they are. Source: compressed_tensors/compressors/pack_quantized and config/base.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lowbit import grid as grids
+from lowbit.checkpoint import Checkpoint
+from lowbit.checkpoint.families.base import TensorSpec
+from lowbit.errors import Unsupported
+from lowbit.grid._int4 import Int4
+from lowbit.grid.base import Blocks
+from lowbit.pack import lattice, model_folder
+from lowbit.pack.guide import Guide, refuse
+from lowbit.pack.model_folder import Part
+from lowbit.pack.rows import plain_precision_of, plain_rows
+
+RECIPE = "int4_g32"
+_FLOATS = ("f32", "f16", "bf16")
+
+
+def holds(grid: str) -> bool:
+    return grid in _FLOATS or isinstance(grids.get(grid), Int4)
+
+
+def write(
+    checkpoint: Checkpoint,
+    types: Mapping[str, str],
+    out: Path,
+    *,
+    file_type: str,
+    naive: bool,
+    threads: int | None = None,
+    guide: Guide | None = None,
+    check: Callable[[Path], None] | None = None,
+) -> int:
+    """See containers.Container. Tensors on 'f32' lie in 16 bits where nothing of them is lost."""
+    refuse(guide, "compressed-tensors")
+    quantized = {name: grid for name, kind in types.items() if isinstance(grid := grids.get(kind), Int4)}
+    for name, grid in quantized.items():
+        shape = checkpoint.specs[name].shape
+        if len(shape) != 2 or shape[-1] % grid.block_size:
+            raise Unsupported(
+                f"not a matrix whose rows are a multiple of {grid.block_size}, which {grid.name} needs",
+                where=name, found=list(shape), hint="Choose a float recipe such as bf16",
+            )  # fmt: skip
+    preferred = model_folder.preferred_dtype(checkpoint, tuple(quantized))
+
+    def parts_of(spec: TensorSpec) -> Iterator[Part]:
+        if spec.name not in quantized:
+            yield model_folder.float_part(checkpoint, spec, types[spec.name], preferred)
+            return
+        grid = quantized[spec.name]
+        yield from _parts(
+            spec, grid, _coded(checkpoint, spec, grid, preferred, naive=naive, threads=threads), preferred
+        )
+
+    return model_folder.write(
+        checkpoint,
+        out,
+        config=_config(checkpoint, quantized, preferred),
+        parts_of=parts_of,
+        names_of=lambda spec: _names(spec) if spec.name in quantized else (spec.name,),
+        written_by="pt",
+        check=check,
+    )
+
+
+def _config(checkpoint: Checkpoint, quantized: Mapping[str, Int4], preferred: str) -> dict[str, Any]:
+    config = {key: value for key, value in checkpoint.config.items() if key not in ("torch_dtype", "_name_or_path")}
+    config |= {"tie_word_embeddings": checkpoint.tied, "dtype": model_folder.CONFIG_DTYPES[preferred]}
+    if quantized:
+        weights = {
+            "num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "dynamic": False, "actorder": None,
+            "group_size": next(iter(quantized.values())).block_size,
+        }  # fmt: skip
+        group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+        config["quantization_config"] = {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": group | {"format": "pack-quantized"}},
+            "ignore": _ignored(checkpoint, quantized),
+            "kv_cache_scheme": None,
+        }
+    return config
+
+
+def _ignored(checkpoint: Checkpoint, quantized: Mapping[str, Int4]) -> list[str]:
+    """Linear modules that are not quantized: the head, which is there as a module also where it is the embedding, and
+    whatever else is a matrix but no embedding."""
+    others = (spec for spec in checkpoint.specs.values() if len(spec.shape) == 2 and spec.name not in quantized)
+    modules = [spec.name.removesuffix(".weight") for spec in others if "embedding" not in spec.role]
+    return sorted({"lm_head", *modules})
+
+
+def _names(spec: TensorSpec) -> tuple[str, str, str]:
+    return f"{spec.name}_packed", f"{spec.name}_scale", f"{spec.name}_shape"
+
+
+def _coded(
+    checkpoint: Checkpoint, spec: TensorSpec, grid: Int4, preferred: str, *, naive: bool, threads: int | None
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The matrix in slices of rows: the codes' bytes, and float32 scales (rows, n_groups)."""
+    own = not naive and _own_codes(checkpoint, spec, grid, 0, 1) is not None
+    dtype = "F32" if own or naive else plain_precision_of(checkpoint, spec)
+
+    def encode(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        blocks = _own_codes(checkpoint, spec, grid, start, stop) if own else None
+        if blocks is None:
+            rows = plain_rows(checkpoint, spec, start, stop)
+            blocks = grid.quantize(rows, preferred) if naive else _recovered(rows, grid, dtype, preferred)
+        assert blocks.scales is not None
+        grids.check_finite(blocks.scales, f"{checkpoint.path}: {spec.name}")
+        return grid.pack_codes(blocks.codes), blocks.scales.astype(np.float32)
+
+    return model_folder.each_slice(spec, encode, threads)
+
+
+def _parts(spec: TensorSpec, grid: Int4, found: list[tuple[np.ndarray, np.ndarray]], preferred: str) -> Iterator[Part]:
+    scales = [part for _, part in found]
+    stored = model_folder.scale_dtype(scales, [], preferred)
+    packed, scale, shape = _names(spec)
+    n_rows, n = spec.shape
+    yield Part(name=packed, dtype="I32", shape=(n_rows, n // 8), arrays=[words for words, _ in found])
+    arrays = [model_folder.as_bytes(part, stored) for part in scales]
+    yield Part(name=scale, dtype=stored, shape=(n_rows, n // grid.block_size), arrays=arrays)
+    yield Part(name=shape, dtype="I64", shape=(2,), arrays=[np.array(spec.shape, "<i8")])
+
+
+def _recovered(rows: np.ndarray, grid: Int4, dtype: str, scales: str) -> Blocks:
+    """The lattice's codes and scales where ``rows`` are on one, else the nearest codes on scales that the dtype
+    ``scales`` holds; scales float32."""
+    blocks, status = lattice.recover(rows, dtype, grid)
+    off = status == lattice.OFF_LATTICE
+    assert blocks.scales is not None
+    wide = blocks.scales.astype(np.float32)
+    wide[off] = model_folder.round_to(wide[off], scales)
+    codes = np.where(off[..., None], grid.encode(rows, wide).codes, blocks.codes)
+    return Blocks(codes=codes, scales=wide)
+
+
+def _own_codes(checkpoint: Checkpoint, spec: TensorSpec, grid: Int4, start: int, stop: int) -> Blocks | None:
+    """The source's own codes and scales where ``grid`` holds them as they are, else None."""
+    coded = checkpoint.coded_rows(spec.name, start, stop)
+    if coded is None:
+        return None
+    source, blocks = grids.get(coded[0]), coded[1]
+    times, rest = divmod(source.block_size, grid.block_size)
+    within = grid.min_code <= source.min_code and source.max_code <= grid.max_code
+    if rest or not source.has_scales or not within:
+        return None
+    codes = blocks.codes.reshape(stop - start, spec.shape[-1] // grid.block_size, grid.block_size)
+    return Blocks(codes=codes, scales=np.repeat(np.asarray(blocks.scales), times, axis=-1))
