@@ -220,8 +220,8 @@ class FolderCheckpoint(Checkpoint):
 
     def __init__(self, path: Path) -> None:
         config_path = path / "config.json"
-        config = read_json(config_path, BadConfig)
-        family = families.by_config(config, config_path)
+        config = self._read_config(path)
+        family = self._family(config, config_path)
         packed = compressed_tensors.check_scheme(config, config_path)
         config.pop(compressed_tensors.KEY, None)
         super().__init__(path, "safetensors", family.text_config(config, config_path), family)
@@ -249,6 +249,12 @@ class FolderCheckpoint(Checkpoint):
         if manifest.get("format") == FORMAT:
             self.manifest = manifest
             self._open_blocks(path)
+
+    def _read_config(self, path: Path) -> dict[str, Any]:
+        return read_json(path / "config.json", BadConfig)
+
+    def _family(self, config: dict[str, Any], where: Path) -> Family:
+        return families.by_config(config, where)
 
     def _open_blocks(self, path: Path) -> None:
         where = path / MANIFEST

@@ -13,8 +13,9 @@ from pathlib import Path
 from lowbit import files, verbs
 from lowbit import recipe as recipes
 from lowbit.checkpoint import Checkpoint, open_checkpoint
+from lowbit.checkpoint.projector import ProjectorCheckpoint, open_projector
 from lowbit.pack import certificate as certificates
-from lowbit.pack import gguf_container
+from lowbit.pack import gguf_container, mmproj_types
 from lowbit.pack.certificate import Certificate, TensorProof, verify
 from lowbit.recipe import Recipe
 
@@ -40,6 +41,7 @@ def pack(
     *,
     naive: bool = False,
     certificate: bool = False,
+    mmproj: bool = False,
 ) -> PackResult:
     """Writes ``checkpoint`` as a GGUF whose tensors lie on the grids that ``recipe`` assigns.
 
@@ -50,14 +52,20 @@ def pack(
     checkpoint holds codes and scales of its own.
     certificate: reads the file again before it takes its name, and writes OUT.certificate.json beside it: what of it is
     proved to be the source, bit for bit. ``lowbit pack`` always does.
+    mmproj: the checkpoint's vision or audio towers and projector instead of its text model, as the file that llama.cpp
+    loads beside it; recipe is 'f16', 'bf16', 'f32', 'q8_0' or 'source' then. So it is for an open ProjectorCheckpoint.
 
     A tensor is in memory at a time, and the file takes its name only when it is whole.
     Raises BadFile (NaN or Inf in a tensor), Unsupported (tokenizer, row length), CannotWrite.
     """
     if not isinstance(checkpoint, Checkpoint):
-        with open_checkpoint(checkpoint) as opened:
+        with open_projector(checkpoint) if mmproj else open_checkpoint(checkpoint) as opened:
             return pack(opened, recipe, out, naive=naive, certificate=certificate)
-    if recipe == "source":
+    if isinstance(checkpoint, ProjectorCheckpoint):
+        name = recipe if isinstance(recipe, str) else recipe.name
+        name = _float_type(checkpoint) if name == "source" else name
+        types = mmproj_types.assign(checkpoint, name)
+    elif recipe == "source":
         name = _float_type(checkpoint)
         types = {n: name if len(checkpoint.info(n).shape) > 1 else "f32" for n in checkpoint.names}
     else:

@@ -22,6 +22,8 @@ from lowbit.checkpoint import Checkpoint, open_checkpoint
 from lowbit.checkpoint.families.base import TensorSpec
 from lowbit.checkpoint.gguf_file import GgufFile
 from lowbit.checkpoint.model import read_json
+from lowbit.checkpoint.projector import open_projector
+from lowbit.checkpoint.projectors import Projector
 from lowbit.errors import BadFile, LowbitError, NotFound, Unsupported
 from lowbit.grid.base import Grid
 from lowbit.pack import identify, lattice
@@ -103,7 +105,7 @@ def verify(artifact: str | Path, source: Checkpoint | str | Path) -> Certificate
     certificate that is of another file or wrong.
     """
     if not isinstance(source, Checkpoint):
-        with open_checkpoint(source) as opened:
+        with open_projector(source) if _is_projector(Path(artifact)) else open_checkpoint(source) as opened:
             return verify(artifact, opened)
     path = Path(artifact)
     if not path.is_file():
@@ -117,6 +119,14 @@ def verify(artifact: str | Path, source: Checkpoint | str | Path) -> Certificate
             where=path_beside(path), found=str(stated.get("totals"))[:200], expected=proved.totals, hint="Remove it",
         )  # fmt: skip
     return proved
+
+
+def _is_projector(artifact: Path) -> bool:
+    """Whether the file is an mmproj; False also for what cannot be read, which is then told where it is opened."""
+    try:
+        return GgufFile(artifact).values.get("general.architecture") == Projector.arch
+    except (OSError, LowbitError):
+        return False
 
 
 def prove(artifact: Path, source: Checkpoint, *, final: Path | None = None) -> Certificate:
@@ -187,11 +197,11 @@ def _open(artifact: Path, source: Checkpoint) -> GgufFile:
         entry, where = file.entries.get(spec.gguf_name), f"{artifact}: {spec.gguf_name}"
         if entry is None:
             raise BadFile("a tensor of the source is missing", where=where, hint="Is it made from this source?")
-        if entry.shape != spec.shape:
-            hint = "Is it made from this source?"
+        if entry.shape != spec.gguf_shape:
             raise BadFile(
-                "not the source's shape", where=where, found=list(entry.shape), expected=list(spec.shape), hint=hint
-            )
+                "not the source's shape", where=where, found=list(entry.shape), expected=list(spec.gguf_shape),
+                hint="Is it made from this source?",
+            )  # fmt: skip
     return file
 
 
@@ -217,7 +227,7 @@ def _prove_tensor(file: GgufFile, source: Checkpoint, spec: TensorSpec, where: s
         type=grid.name,
         source_dtype=info.dtype,
         rounded_to=dtype,
-        grid=_lattice_of(values, info.dtype) if len(spec.shape) > 1 else None,
+        grid=_lattice_of(values, info.dtype) if len(spec.gguf_shape) > 1 else None,
         blocks=int(counts.sum()),
         exact=int(counts[lattice.EXACT]),
         within_scale_rounding=int(counts[lattice.WITHIN_SCALE_ROUNDING]),

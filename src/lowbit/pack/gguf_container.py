@@ -74,13 +74,15 @@ def metadata(checkpoint: Checkpoint, file_type: str) -> list[Field]:
         return [f for f in carried if f.key not in _REPLACED and not f.key.startswith("split.")] + own
     general = [
         text("general.architecture", checkpoint.family.arch),
-        text("general.type", "model"),
+        text("general.type", checkpoint.family.gguf_type),
         text("general.name", checkpoint.name),
     ]
     if checkpoint.license:
         general.append(text("general.license", checkpoint.license))
-    vocab_size = checkpoint.info("model.embed_tokens.weight").shape[0]
-    tokens = tokenizer.metadata(checkpoint.path, checkpoint.config, vocab_size)
+    tokens: list[Field] = []
+    if checkpoint.family.gguf_type == "model":
+        vocab_size = checkpoint.info("model.embed_tokens.weight").shape[0]
+        tokens = tokenizer.metadata(checkpoint.path, checkpoint.config, vocab_size)
     return general + checkpoint.family.metadata(checkpoint.config) + tokens + own
 
 
@@ -114,27 +116,23 @@ def encoded(checkpoint: Checkpoint, spec: TensorSpec, grid: Grid, *, naive: bool
 def file_values(checkpoint: Checkpoint, spec: TensorSpec) -> np.ndarray:
     """The tensor's values as the file means them: (rows, n) float32, a vector as one row; rows in the file's order and
     its offset added. Raises BadFile on NaN or Inf."""
-    values, order = checkpoint.read(spec.name), spec.gguf_rows()
-    if order is not None:
-        values = values[order]
-    if spec.gguf_offset:
-        values = values + np.float32(spec.gguf_offset)
+    values = spec.to_gguf(checkpoint.read(spec.name))
     grids.check_finite(values, f"{checkpoint.path}: {spec.name}")
     return values.reshape(-1, values.shape[-1])
 
 
 def precision_of(checkpoint: Checkpoint, spec: TensorSpec, values: np.ndarray) -> str:
-    """What ``file_values`` are rounded to: 'BF16', 'F16' or 'F32'; after an offset it is F32."""
-    return "F32" if spec.gguf_offset else lattice.precision(values, checkpoint.info(spec.name).dtype)
+    """What ``file_values`` are rounded to: 'BF16', 'F16' or 'F32'; where GGUF has other values it is F32."""
+    return "F32" if not spec.same_values else lattice.precision(values, checkpoint.info(spec.name).dtype)
 
 
 def _head(spec: TensorSpec, grid: Grid) -> TensorHead:
-    if spec.shape[-1] % grid.block_size:
+    if spec.gguf_shape[-1] % grid.block_size:
         raise Unsupported(
             f"rows are not a multiple of {grid.block_size}, which {grid.name} needs",
-            where=spec.name, found=spec.shape[-1], hint="Choose a float recipe such as f16",
+            where=spec.name, found=spec.gguf_shape[-1], hint="Choose a float recipe such as f16",
         )  # fmt: skip
-    return TensorHead(spec.gguf_name, spec.shape, grid.ggml_type)
+    return TensorHead(spec.gguf_name, spec.gguf_shape, grid.ggml_type)
 
 
 def _put(handle: BinaryIO, values: np.ndarray) -> None:

@@ -55,6 +55,23 @@ class TensorSpec:
         rows = self.gguf_rows()
         return None if rows is None else np.argsort(rows)
 
+    @property
+    def gguf_shape(self) -> tuple[int, ...]:
+        """Row-major, as GGUF stores it."""
+        return self.shape
+
+    @property
+    def same_values(self) -> bool:
+        """Whether GGUF's values are Hugging Face's, in whatever order."""
+        return not self.gguf_offset
+
+    def to_gguf(self, values: np.ndarray) -> np.ndarray:
+        """Hugging Face's values, float32 of ``shape``, as GGUF has them: float32 of ``gguf_shape``."""
+        order = self.gguf_rows()
+        if order is not None:
+            values = values[order]
+        return values + np.float32(self.gguf_offset) if self.gguf_offset else values
+
 
 def decoder_tensors(
     layer: Sequence[tuple[str, str, str, tuple[int, ...]]],
@@ -98,6 +115,7 @@ class Family(ABC):
 
     name: ClassVar[str]
     arch: ClassVar[str]  # GGUF's general.architecture
+    gguf_type: ClassVar[str] = "model"  # GGUF's general.type; a 'model' has a tokenizer
     model_types: ClassVar[tuple[str, ...]]
     architectures: ClassVar[tuple[str, ...]]
 
