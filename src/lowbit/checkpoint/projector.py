@@ -19,13 +19,14 @@ class ProjectorCheckpoint(FolderCheckpoint):
 
     def _read_config(self, path: Path) -> dict[str, Any]:
         config = super()._read_config(path)
-        settings: dict[str, Any] = {}
+        pixels: dict[str, Any] = {}
+        sounds: dict[str, Any] = {}
         for name in preprocessor.FILES:
             if (path / name).exists():
                 found = read_json(path / name, BadConfig)
-                nested = found.get("image_processor")
-                settings |= nested if isinstance(nested, dict) else found
-        return config | {preprocessor.KEY: settings}
+                pixels |= _nested(found, "image_processor", otherwise=found)
+                sounds |= _nested(found, "feature_extractor", otherwise={})
+        return config | {preprocessor.KEY: pixels, preprocessor.SOUND_KEY: sounds}
 
     def _family(self, config: dict[str, Any], where: Path) -> Family:
         return projectors.by_config(config, where)
@@ -35,8 +36,8 @@ class ProjectorCheckpoint(FolderCheckpoint):
 
 
 def open_projector(model: str | Path) -> ProjectorCheckpoint:
-    """Opens the vision or audio towers of ``model`` (see ``resolve``) and checks them whole: config, names, shapes, byte
-    counts. Reads no tensor yet.
+    """Opens the vision or audio towers of ``model`` (see ``resolve``) and checks them whole: config, names, shapes,
+    byte counts. Reads no tensor yet.
 
     Raises NotFound, BadFile, BadConfig or Unsupported (no such tower, or a GGUF).
     """
@@ -48,3 +49,8 @@ def open_projector(model: str | Path) -> ProjectorCheckpoint:
         return ProjectorCheckpoint(path)
     except OSError as error:
         raise NotFound(f"cannot read: {error.strerror or error}", where=error.filename or path) from error
+
+
+def _nested(config: dict[str, Any], key: str, *, otherwise: dict[str, Any]) -> dict[str, Any]:
+    value = config.get(key)
+    return value if isinstance(value, dict) else otherwise

@@ -188,7 +188,16 @@ class LlamaCppVision(LlamaCpp):
         past = ctypes.c_int32()
         pointer = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         status = self._lib.mtmd_helper_decode_image_chunk(
-            self._towers, self._open_context(), chunk, pointer, self._past, 0, self.ubatch, ctypes.byref(past), None, None
+            self._towers,
+            self._open_context(),
+            chunk,
+            pointer,
+            self._past,
+            0,
+            self.ubatch,
+            ctypes.byref(past),
+            None,
+            None,
         )
         if status:
             raise RuntimeFailed("llama.cpp could not decode", where=self.path, found=self._llama.log.take() or None)

@@ -50,7 +50,7 @@ class Gemma3(Projector):
     def own_config(self, config: Mapping[str, Any], where: object) -> dict[str, Any]:
         keys = Keys(part(config, "vision_config", where), where, _DEFAULTS)
         sizes: dict[str, Any] = {
-            key: keys.size(key, most=1 << 20 if key != "num_hidden_layers" else 10_000)
+            key: keys.size(key, most=1000 if key == "num_hidden_layers" else 1 << 20)
             for key in _DEFAULTS
             if key != "layer_norm_eps"
         }
@@ -62,11 +62,9 @@ class Gemma3(Projector):
             keys.get(key)
         keys.finish()
         sizes["text_hidden_size"] = text_hidden_size(config, where, _TEXT_HIDDEN)
-        settings = preprocessor.image_settings(config, where, resample=preprocessor.BILINEAR)
-        for key in ("image_mean", "image_std"):
-            sizes[key] = settings.get(key, [0.5, 0.5, 0.5])
+        sizes |= preprocessor.image_settings(config, where, resample=preprocessor.BILINEAR, mean=0.5, std=0.5)
         sizes["pooling"] = _pooling(sizes, Keys(config, where).size("mm_tokens_per_image", _MM_TOKENS), where)
-        _check_sizes(sizes, settings["size"], where)
+        _check_sizes(sizes, config.get(preprocessor.KEY, {}).get("size"), where)
         return sizes
 
     def tensors(self, config: Mapping[str, Any]) -> tuple[TensorSpec, ...]:

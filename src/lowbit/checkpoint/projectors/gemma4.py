@@ -8,7 +8,7 @@ from llama.cpp (tools/mtmd/models/gemma4v.cpp, gemma4a.cpp) and transformers' Ge
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,12 @@ _AUDIO = {
     "rms_norm_eps": 1e-6,
 }  # fmt: skip
 _TEXT_HIDDEN, _POOLING, _MEL_BINS, _ROPE_THETA = 2304, 3, 128, 100.0
+# How llama.cpp makes a spectrogram for this tower (mtmd-audio.cpp), in the words of Gemma4AudioFeatureExtractor.
+_SOUND = {
+    "feature_size": _MEL_BINS, "sampling_rate": 16_000, "frame_length_ms": 20.0, "hop_length_ms": 10.0,
+    "min_frequency": 0.0, "max_frequency": 8000.0, "preemphasis": 0.0, "fft_overdrive": False, "dither": 0.0,
+    "input_scale_factor": 1.0, "mel_floor": 1e-3, "per_bin_mean": None, "per_bin_stddev": None,
+}  # fmt: skip
 # llama.cpp reads an image size of every tower and does not use this one's.
 _UNUSED_IMAGE_SIZE = 224
 _TOWER, _EARS = "model.vision_tower.", "model.audio_tower."
@@ -59,13 +65,12 @@ class Gemma4(Projector):
         own: dict[str, Any] = {"text_hidden_size": text_hidden_size(config, where, _TEXT_HIDDEN)}
         if config.get("vision_config") is not None:
             own["vision"] = _vision(part(config, "vision_config", where), where)
-            settings = preprocessor.image_settings(config, where, resample=preprocessor.BICUBIC)
-            own["vision"] |= {
-                "image_mean": settings.get("image_mean", [0.0] * 3),
-                "image_std": settings.get("image_std", [1.0] * 3),
-            }
+            own["vision"] |= preprocessor.image_settings(
+                config, where, resample=preprocessor.BICUBIC, mean=0.0, std=1.0
+            )
         if config.get("audio_config") is not None:
             own["audio"] = _audio(part(config, "audio_config", where), where)
+            preprocessor.check_sound_settings(config, where, _SOUND)
         return own
 
     def tensors(self, config: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
@@ -137,7 +142,7 @@ def _audio(config: Mapping[str, Any], where: object) -> dict[str, Any]:
 
 def _sizes(keys: Keys, defaults: Mapping[str, Any]) -> dict[str, Any]:
     sizes: dict[str, Any] = {
-        key: keys.size(key, most=10_000 if key == "num_hidden_layers" else 1 << 20)
+        key: keys.size(key, most=1000 if key == "num_hidden_layers" else 1 << 20)
         for key in defaults
         if key != "rms_norm_eps"
     }
@@ -199,14 +204,24 @@ def _audio_tensors(audio: Mapping[str, Any], text: int) -> list[ProjectorSpec]:
     front, kernels = f"{_EARS}subsample_conv_projection.", ((first, 1, 3, 3), (second, first, 3, 3))
     conv = [
         ProjectorSpec(
-            name=f"{front}layer{i}.{kind}.weight", gguf_name=f"a.conv1d.{i}.{'' if kind == 'conv' else 'norm.'}weight",
-            role=kind, shape=shape if kind == "conv" else shape[:1], instead=ALWAYS_F32,
+            name=f"{front}layer{i}.{kind}.weight",
+            gguf_name=f"a.conv1d.{i}.{'' if kind == 'conv' else 'norm.'}weight",
+            role=kind,
+            shape=shape if kind == "conv" else shape[:1],
+            instead=ALWAYS_F32,
         )
         for i, shape in enumerate(kernels)
         for kind in ("conv", "norm")
-    ]  # fmt: skip
+    ]
+    conv.append(
+        ProjectorSpec(
+            name=f"{front}input_proj_linear.weight", gguf_name="a.input_projection.weight",
+            role="projection", shape=(hidden, first // 4 * second), instead=ALWAYS_F32,
+        )
+    )  # fmt: skip
     norms = [
-        ("feed_forward1.pre_layer_norm", "ffn_norm", hidden), ("feed_forward1.post_layer_norm", "ffn_post_norm", hidden),
+        ("feed_forward1.pre_layer_norm", "ffn_norm", hidden),
+        ("feed_forward1.post_layer_norm", "ffn_post_norm", hidden),
         ("feed_forward2.pre_layer_norm", "ffn_norm_1", hidden),
         ("feed_forward2.post_layer_norm", "ffn_post_norm_1", hidden),
         ("norm_pre_attn", "attn_pre_norm", hidden), ("norm_post_attn", "attn_post_norm", hidden),
@@ -232,7 +247,6 @@ def _audio_tensors(audio: Mapping[str, Any], text: int) -> list[ProjectorSpec]:
         for spec in _audio_layer_extras(f"{_EARS}layers.{i}", f"a.blk.{i}", hidden, head_dim)
     ]
     ends = [
-        (f"{front}input_proj_linear.weight", "a.input_projection.weight", (hidden, first // 4 * second)),
         (f"{_EARS}output_proj.weight", "a.pre_encode.out.weight", (width, hidden)),
         (f"{_EARS}output_proj.bias", "a.pre_encode.out.bias", (width,)),
         ("model.embed_audio.embedding_projection.weight", "mm.a.input_projection.weight", (text, width)),
@@ -266,8 +280,8 @@ def _layers(
     ours: str,
     theirs: str,
     n_layers: int,
-    norms: list[tuple[str, str, int]],
-    linears: list[tuple[str, str, str, tuple[int, ...]]],
+    norms: Sequence[tuple[str, str, int]],
+    linears: Sequence[tuple[str, str, str, tuple[int, ...]]],
     *,
     clipped: bool,
 ) -> list[ProjectorSpec]:

@@ -50,9 +50,9 @@ class Gemma4Unified(Projector):
             side = own["vision"]["patch_size"] * own["vision"]["pooling_kernel_size"]
             keys.only("model_patch_size", side)
             _finish(keys, "gemma4_unified_vision")
-            settings = preprocessor.image_settings(config, where, resample=preprocessor.BICUBIC)
-            mean, std = settings.get("image_mean", [0.0] * 3), settings.get("image_std", [1.0] * 3)
-            own["vision"] |= {"side": side, "image_mean": mean, "image_std": std}
+            own["vision"] |= {"side": side} | preprocessor.image_settings(
+                config, where, resample=preprocessor.BICUBIC, mean=0.0, std=1.0
+            )
         if config.get("audio_config") is not None:
             keys = Keys(part(config, "audio_config", where), where, _AUDIO)
             own["audio"] = {"audio_embed_dim": keys.size("audio_embed_dim")}
