@@ -77,7 +77,7 @@ def normalized(image: np.ndarray) -> torch.Tensor:
 
 
 def patches(image: np.ndarray, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixels as Gemma4ImageProcessor makes them, without resizing: (1, n, 3 size²), 0 to 1, and (x, y) of each patch."""
+    """Pixels as Gemma4ImageProcessor makes them, without resizing: (1, n, 3 size²), 0 to 1; and each patch's (x, y)."""
     height, width = image.shape[0] // size, image.shape[1] // size
     values = image.astype(np.float32) / np.float32(255)
     cut = values.reshape(height, size, width, size, 3).swapaxes(1, 2).reshape(height * width, -1)

@@ -131,6 +131,26 @@ def test_gemma4(tiny_towers: Make, text_model: Path, tmp_path: Path, record_prop
         assert differences(ours, features(whole, *pixels), record_property, "rounded alike") < ROUNDED_ALIKE
 
 
+def test_gemma4_by_the_keys_of_llama_cpps_own_conversion(
+    tiny_towers: Make, text_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Any
+) -> None:
+    """Without clip.use_gelu the tower computes quick GELU: further off than all rounding. Shown with what it costs."""
+    import towers
+
+    from lowbit.checkpoint.projectors import gemma4
+
+    keys = gemma4.Gemma4.metadata
+    monkeypatch.setattr(
+        gemma4.Gemma4, "metadata", lambda *given: [key for key in keys(*given) if key.key != "clip.use_gelu"]
+    )
+    folder, whole = tiny_towers("gemma4")
+    image = towers.picture(*SIDES[3])
+    with opened(text_model, folder, "f32", tmp_path / "mmproj.gguf") as model:
+        ours = model.embed(image)
+    theirs = features(whole, *towers.patches(image, 4))
+    assert differences(ours, theirs, record_property, "without clip.use_gelu") > AS_IT_IS
+
+
 def test_gemma4_hears(tiny_towers: Make, text_model: Path, tmp_path: Path, record_property: Any) -> None:
     """llama.cpp takes the larger of a spectrogram's value and its floor where transformers takes their sum."""
     import torch
@@ -158,6 +178,7 @@ def test_gemma4_hears(tiny_towers: Make, text_model: Path, tmp_path: Path, recor
 def test_gemma4_unified(tiny_towers: Make, text_model: Path, tmp_path: Path, record_property: Any) -> None:
     """Neither a convolution nor a GELU: nothing but the order of float32 sums."""
     import torch
+
     import towers
 
     folder, whole = tiny_towers("gemma4_unified")
@@ -186,6 +207,7 @@ def test_other_types_are_near(tiny_towers: Make, text_model: Path, tmp_path: Pat
 def test_text_after_an_image(tiny_towers: Make, text_model: Path, tmp_path: Path, record_property: Any) -> None:
     """The whole of Gemma 3: text model and mmproj in llama.cpp, one model in transformers, logits of all text."""
     import torch
+
     import towers
 
     folder, whole = tiny_towers("gemma3")

@@ -63,11 +63,11 @@ def child(path: str) -> None:
 
 
 def mmproj_child(path: str) -> None:
-    """The same for an mmproj; mtmd has no way to leave the weights out."""
+    """The same for an mmproj; mtmd has no way to leave the weights out, and its warm-up finds more lies."""
     from lowbit.run import _mtmd_h
 
     lib = _mtmd_h.load().lib
     params = lib.mtmd_context_params_default()
-    params.use_gpu = params.warmup = False
+    params.use_gpu = False
     if context := lib.mtmd_init_from_file(os.fsencode(path), None, params):
         lib.mtmd_free(context)

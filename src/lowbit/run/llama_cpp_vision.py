@@ -20,8 +20,6 @@ from lowbit.errors import BadOption, RuntimeFailed
 from lowbit.run import _mtmd_h, _trial
 from lowbit.run.llama_cpp import LlamaCpp, check_file
 
-_FAILURES = {1: "as many images or sounds as markers are needed", 2: "an image or sound cannot be prepared"}
-
 
 class LlamaCppVision(LlamaCpp):
     """A GGUF model with its mmproj. A context manager; options as LlamaCpp has them.
@@ -40,10 +38,14 @@ class LlamaCppVision(LlamaCpp):
         super().__init__(path, **options)
         try:
             self._towers = self._load_towers(options.get("flash_attention"))
-            self._free_towers = weakref.finalize(self, self._lib.mtmd_free, self._towers)
-            self._check_layout()
         except BaseException:
             super().close()
+            raise
+        self._free_towers = weakref.finalize(self, self._lib.mtmd_free, self._towers)
+        try:
+            self._check_layout()
+        except BaseException:
+            self.close()
             raise
 
     def _load_towers(self, flash_attention: bool | None) -> int:
@@ -126,7 +128,10 @@ class LlamaCppVision(LlamaCpp):
     @contextmanager
     def _chunks(self, text: str, media: Sequence[np.ndarray], *, add_special: bool = False) -> Iterator[list[int]]:
         """Handles of the chunks that a text and its media become, valid inside the block."""
-        raw = text.encode("utf-8")
+        raw, places = text.encode("utf-8"), text.count(self._marker)
+        if places != len(media):
+            what = f"the text needs one {self._marker} for each image or sound"
+            raise BadOption(what, found=f"{places} of them", expected=len(media))
         with ExitStack() as stack:
             bitmaps = (ctypes.c_void_p * max(1, len(media)))()
             for i, item in enumerate(media):
@@ -137,7 +142,7 @@ class LlamaCppVision(LlamaCpp):
             given = _mtmd_h.InputText(text=raw, text_len=len(raw), add_special=add_special, parse_special=True)
             status = self._lib.mtmd_tokenize(self._open_towers(), handle, ctypes.byref(given), bitmaps, len(media))
             if status:
-                raise BadOption(_FAILURES.get(status, "mtmd cannot tokenize this"), where=self.mmproj)
+                raise BadOption("llama.cpp cannot prepare this text, image or sound", where=self.mmproj)
             n = self._lib.mtmd_input_chunks_size(handle)
             yield [self._lib.mtmd_input_chunks_get(handle, i) for i in range(n)]
 
