@@ -136,7 +136,6 @@ def test_gemma4_by_the_keys_of_llama_cpps_own_conversion(
 ) -> None:
     """Without clip.use_gelu the tower computes quick GELU: further off than all rounding. Shown with what it costs."""
     import towers
-
     from lowbit.checkpoint.projectors import gemma4
 
     keys = gemma4.Gemma4.metadata
