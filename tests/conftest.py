@@ -56,17 +56,8 @@ def byte_tokenizer() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def save_tiny(
-    folder: Path,
-    config: Any,
-    *,
-    tokenizer: bool = True,
-    prepare: Callable[[Any], None] | None = None,
-) -> Any:
-    """Saves a random model of ``config``'s class, norms and biases random too, and returns it, float32, in eval.
-
-    prepare: what else is done to it before it is saved.
-    """
+def save_tiny(folder: Path, config: Any, *, tokenizer: bool = True, adjust: Callable[[Any], None] | None = None) -> Any:
+    """Saves a random model of ``config``'s class, norms and biases random too, and returns it, float32, in eval."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -78,8 +69,8 @@ def save_tiny(
                 parameter.add_(torch.randn_like(parameter) * 0.2)
             else:
                 parameter.copy_(torch.randn_like(parameter) * 0.15)
-    if prepare is not None:
-        prepare(model)
+    if adjust:
+        adjust(model)
     model.save_pretrained(folder)
     if tokenizer:
         (folder / "tokenizer.json").write_text(json.dumps(byte_tokenizer()), encoding="utf-8")
@@ -153,7 +144,7 @@ def tiny_towers(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple
         if key not in saved:
             folder = tmp_path_factory.mktemp(family)
             config = towers.config_of(family, vision or {}, **changes)
-            saved[key] = folder, save_tiny(folder, config, prepare=towers.randomize_buffers)
+            saved[key] = folder, save_tiny(folder, config, adjust=towers.randomize_buffers)
         return saved[key]
 
     return make

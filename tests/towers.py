@@ -14,7 +14,7 @@ TEXT: dict[str, Any] = {
     "eos_token_id": 2,
 }  # fmt: skip
 TEXT_3 = TEXT | {"query_pre_attn_scalar": 32}
-TEXT_4 = TEXT | {"global_head_dim": 32}
+TEXT_4 = TEXT | {"global_head_dim": 32, "use_bidirectional_attention": "vision"}
 PER_LAYER = {"vocab_size_per_layer_input": 320, "hidden_size_per_layer_input": 16}
 SIGLIP: dict[str, Any] = {
     "model_type": "siglip_vision_model", "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 3,

@@ -116,13 +116,19 @@ def test_what_llama_cpp_does_not_compute_is_refused(changes: dict[str, Any], say
         ("gemma4", "audio_config", {"subsampling_conv_channels": [128]}, "subsampling_conv_channels"),
         ("gemma4", "audio_config", {"rms_norm_eps": 1e-5}, "rms_norm_eps"),
         ("gemma4", preprocessor.SOUND_KEY, {"mel_floor": 1e-5}, "mel_floor"),
+        ("gemma4", "text_config", {"hidden_size": 64}, "another attention"),
+        ("gemma4", "text_config", {"hidden_size": 1536, "use_bidirectional_attention": "vision"}, "another attention"),
+        ("gemma4", "text_config", {"use_bidirectional_attention": "all"}, "another attention"),
+        ("gemma4_unified", "text_config", {"use_bidirectional_attention": None}, "another attention"),
         ("gemma4_unified", "vision_config", {"output_proj_dims": 64}, "output_proj_dims"),
         ("gemma4_unified", "audio_config", {"audio_embed_dim": 320}, "audio_embed_dim"),
         ("gemma4_unified", "audio_config", {"rms_norm_eps": 1e-5}, "rms_norm_eps"),
     ],
 )
 def test_of_gemma_4_too(family: str, part: str, changes: dict[str, Any], says: str) -> None:
-    config = {"model_type": family, "text_config": {"hidden_size": 64}, "vision_config": {}, "audio_config": {}}
+    config = {"model_type": family, "text_config": {"hidden_size": 1536}, "vision_config": {}, "audio_config": {}}
+    if family == "gemma4_unified":
+        config["text_config"] = {"hidden_size": 3840}
     config[part] = changes
     with pytest.raises((BadConfig, Unsupported), match=says):
         projectors.by_config(config, "config.json").text_config(config, "config.json")

@@ -94,6 +94,17 @@ def text_hidden_size(config: Mapping[str, Any], where: object, default: int) -> 
     return value
 
 
+def check_attention(config: Mapping[str, Any], where: object, default: str | None, runs: str | None) -> None:
+    """Raises Unsupported where an image's tokens attend to each other differently from what llama.cpp ``runs``:
+    'vision', each to all of its image, or None, each to those before it. ``default`` is the text config class's."""
+    found = part(config, "text_config", where).get("use_bidirectional_attention", default)
+    if found != runs:
+        raise Unsupported(
+            "llama.cpp has another attention among an image's tokens for a text model of this kind and width",
+            where=where, found=f"use_bidirectional_attention {found!r}"[:80], expected=repr(runs),
+        )  # fmt: skip
+
+
 def layers(
     ours: str, theirs: str, n_layers: int, named: Sequence[tuple[str, str, str, tuple[int, ...]]]
 ) -> list[ProjectorSpec]:

@@ -21,6 +21,7 @@ from lowbit.checkpoint.projectors.base import (
     PATCHES,
     Projector,
     ProjectorSpec,
+    check_attention,
     flag,
     layers,
     part,
@@ -49,6 +50,7 @@ _SOUND = {
 }  # fmt: skip
 # llama.cpp reads an image size of every tower and does not use this one's.
 _UNUSED_IMAGE_SIZE = 224
+_CAUSAL_WIDTHS = (1536, 2560)  # E2B and E4B, by which llama.cpp knows them (mtmd_decode_use_non_causal)
 _TOWER, _EARS = "model.vision_tower.", "model.audio_tower."
 _OTHER_PARTS = ("model.language_model.", "lm_head.")
 _BOUNDS = ("input_max", "input_min", "output_max", "output_min")
@@ -62,8 +64,10 @@ class Gemma4(Projector):
     parts = ("vision_config", "audio_config")
 
     def own_config(self, config: Mapping[str, Any], where: object) -> dict[str, Any]:
-        own: dict[str, Any] = {"text_hidden_size": text_hidden_size(config, where, _TEXT_HIDDEN)}
+        width = text_hidden_size(config, where, _TEXT_HIDDEN)
+        own: dict[str, Any] = {"text_hidden_size": width}
         if config.get("vision_config") is not None:
+            check_attention(config, where, None, runs=None if width in _CAUSAL_WIDTHS else "vision")
             own["vision"] = _vision(part(config, "vision_config", where), where)
             own["vision"] |= preprocessor.image_settings(
                 config, where, resample=preprocessor.BICUBIC, mean=0.0, std=1.0

@@ -18,6 +18,7 @@ from lowbit.checkpoint.projectors.base import (
     PATCHES,
     Projector,
     ProjectorSpec,
+    check_attention,
     part,
     reals,
     text_hidden_size,
@@ -43,6 +44,7 @@ class Gemma4Unified(Projector):
     def own_config(self, config: Mapping[str, Any], where: object) -> dict[str, Any]:
         own: dict[str, Any] = {"text_hidden_size": text_hidden_size(config, where, _TEXT_HIDDEN)}
         if config.get("vision_config") is not None:
+            check_attention(config, where, "vision", runs="vision")
             keys = Keys(part(config, "vision_config", where), where, _VISION)
             own["vision"] = {key: keys.size(key, most=1 << 20) for key in _VISION}
             width = own["vision"]["mm_embed_dim"]
