@@ -153,7 +153,7 @@ def test_a_model_without_towers(config: dict[str, Any]) -> None:
 def copied(tiny_towers: Make, tmp_path: Path) -> Path:
     """A Gemma 3 whose folder may be changed."""
     folder, _ = tiny_towers("gemma3")
-    return Path(shutil.copytree(folder, tmp_path / "copied", ignore=shutil.ignore_patterns("*.gguf")))
+    return Path(shutil.copytree(folder, tmp_path / "copied"))
 
 
 def restored(folder: Path, rename: Callable[[str], str | None]) -> None:
@@ -178,6 +178,36 @@ def test_the_same_tensors_under_every_name(copied: Path, rename: Callable[[str],
     with open_projector(copied) as found:
         assert set(found.names) == set(expected)
         assert all(np.array_equal(found.read(name), expected[name]) for name in expected)
+
+
+def packed(folder: Path, *names: str) -> None:
+    """As a w4a16 checkpoint: the named tensors in parts."""
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    scheme = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"quantization_config": scheme | {"config_groups": {"group_0": {"weights": weights}}}}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    for name in names:
+        values = tensors.pop(name)
+        tensors[f"{name}_packed"] = np.zeros((len(values), values[0].size // 8), np.int32)
+        tensors[f"{name}_scale"] = np.ones((len(values), values[0].size // 32), np.float32)
+        tensors[f"{name}_shape"] = np.array(values.shape)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_of_a_packed_text_model(copied: Path) -> None:
+    with open_projector(copied) as plain:
+        expected = plain.read("multi_modal_projector.mm_soft_emb_norm.weight")
+    packed(copied, "language_model.model.layers.0.mlp.up_proj.weight")
+    with open_projector(copied) as found:
+        assert np.array_equal(found.read("multi_modal_projector.mm_soft_emb_norm.weight"), expected)
+
+
+def test_a_packed_convolution(copied: Path) -> None:
+    packed(copied, "vision_tower.embeddings.patch_embedding.weight")
+    with pytest.raises(Unsupported, match="only matrices"):
+        open_projector(copied)
 
 
 def test_siglips_own_head_is_left_out(copied: Path) -> None:

@@ -40,11 +40,9 @@ SIDES = {3: (84, 120), 2: (56, 80)}  # 70 tokens, the least that llama.cpp makes
 
 
 @pytest.fixture(scope="session")
-def text_model(tiny_towers: Make) -> Path:
+def text_model(tiny_towers: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text model as wide as all the towers' projections; which one does not matter to an embedding."""
-    folder, _ = tiny_towers("gemma3")
-    lowbit.pack(folder, "f32", folder / "text.gguf")
-    return folder / "text.gguf"
+    return lowbit.pack(tiny_towers("gemma3")[0], "f32", tmp_path_factory.mktemp("text") / "text.gguf").path
 
 
 @contextmanager
