@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 
 from lowbit.checkpoint import resolve
 from lowbit.errors import NotFound
+
+sys.path.insert(0, str(Path(__file__).parent))  # towers
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TINY_LLAMA: dict[str, Any] = {
@@ -53,7 +56,7 @@ def byte_tokenizer() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def save_tiny(folder: Path, config: Any, *, tokenizer: bool = True) -> Any:
+def save_tiny(folder: Path, config: Any, *, tokenizer: bool = True, adjust: Callable[[Any], None] | None = None) -> Any:
     """Saves a random model of ``config``'s class, norms and biases random too, and returns it, float32, in eval."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -66,6 +69,8 @@ def save_tiny(folder: Path, config: Any, *, tokenizer: bool = True) -> Any:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
             else:
                 parameter.copy_(torch.randn_like(parameter) * 0.15)
+    if adjust:
+        adjust(model)
     model.save_pretrained(folder)
     if tokenizer:
         (folder / "tokenizer.json").write_text(json.dumps(byte_tokenizer()), encoding="utf-8")
@@ -123,6 +128,24 @@ def tiny_gemma3(tmp_path: Path) -> Callable[..., Path]:
 
         save_tiny(tmp_path / "gemma3", Gemma3TextConfig(**TINY_GEMMA3 | changes))
         return tmp_path / "gemma3"
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_towers(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Any]]:
+    """tiny_towers(family, vision={}, **changes): a tiny multimodal model's folder, not to be changed, and the model."""
+    saved: dict[str, tuple[Path, Any]] = {}
+
+    def make(family: str, vision: dict[str, Any] | None = None, **changes: Any) -> tuple[Path, Any]:
+        import towers
+
+        key = repr((family, vision, changes))
+        if key not in saved:
+            folder = tmp_path_factory.mktemp(family)
+            config = towers.config_of(family, vision or {}, **changes)
+            saved[key] = folder, save_tiny(folder, config, adjust=towers.randomize_buffers)
+        return saved[key]
 
     return make
 

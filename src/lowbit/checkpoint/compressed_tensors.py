@@ -75,6 +75,8 @@ def parts(name: str) -> tuple[str, ...]:
 
 def check_parts(files: Mapping[str, SafetensorsFile], name: str, shape: tuple[int, ...]) -> None:
     """Raises BadFile where the parts of a matrix are not there in the sizes that ``shape`` gives."""
+    if len(shape) != 2:
+        raise Unsupported("only matrices are read in packed form", where=name, found=list(shape))
     rows, n = shape
     if n % _GROUP:
         raise Unsupported("rows are not whole groups", where=name, found=n, expected=f"a multiple of {_GROUP}")

@@ -14,7 +14,15 @@ from lowbit.cli.training import positive
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help="a checkpoint folder, or any MODEL")
     parser.add_argument(
-        "--recipe", default="q4_0", help="type of the matrices: q4_0 (default), q4_1, q5_0, q5_1, q8_0, f16, bf16, f32"
+        "--recipe",
+        help="type of the matrices: q4_0 (default), q4_1, q5_0, q5_1, q8_0, f16, bf16, f32; with --mmproj f16 "
+        "(default), bf16, f32, q8_0",
+    )
+    parser.add_argument(
+        "--mmproj",
+        action="store_true",
+        help="write the vision or audio towers and the projector of a multimodal checkpoint, which llama.cpp loads "
+        "beside the text model",
     )
     parser.add_argument("-o", "--out", metavar="FILE", help="the GGUF to write, and FILE.certificate.json beside it")
     parser.add_argument(
@@ -43,8 +51,9 @@ def _check(args: argparse.Namespace) -> None:
             raise BadOption("--source goes with --verify", hint="`lowbit pack --help` lists the options")
     else:
         missing = {"--source": args.source}
-        if args.checkpoint is not None or args.out is not None or args.naive:
-            raise BadOption("--verify writes nothing", found="CHECKPOINT, --out or --naive", expected="--source alone")
+        if args.checkpoint is not None or args.out is not None or args.naive or args.mmproj:
+            found = "CHECKPOINT, --out, --naive or --mmproj"
+            raise BadOption("--verify writes nothing", found=found, expected="--source alone")
     for name, value in missing.items():
         if value is None:
             hint = "`lowbit pack --help` lists the options"
@@ -57,8 +66,17 @@ def _pack(args: argparse.Namespace) -> int:
     from lowbit.pack import pack
     from lowbit.units import format_bytes
 
+    recipe = args.recipe or ("f16" if args.mmproj else "q4_0")
     with output.results_only():
-        packed = pack(args.checkpoint, args.recipe, args.out, naive=args.naive, certificate=True, threads=args.threads)
+        packed = pack(
+            args.checkpoint,
+            recipe,
+            args.out,
+            naive=args.naive,
+            certificate=True,
+            threads=args.threads,
+            mmproj=args.mmproj,
+        )
     assert packed.certificate is not None
     bits = inspect(packed.path)["bits_per_weight"]
     if not console.is_quiet():

@@ -13,8 +13,9 @@ from pathlib import Path
 from lowbit import files, verbs
 from lowbit import recipe as recipes
 from lowbit.checkpoint import Checkpoint, open_checkpoint
+from lowbit.checkpoint.projector import ProjectorCheckpoint, open_projector
 from lowbit.pack import certificate as certificates
-from lowbit.pack import gguf_container
+from lowbit.pack import gguf_container, mmproj_types
 from lowbit.pack.certificate import Certificate, verify
 from lowbit.pack.proof import TensorProof
 from lowbit.recipe import Recipe
@@ -42,6 +43,7 @@ def pack(
     naive: bool = False,
     certificate: bool = False,
     threads: int | None = None,
+    mmproj: bool = False,
 ) -> PackResult:
     """Writes ``checkpoint`` as a GGUF whose tensors lie on the grids that ``recipe`` assigns.
 
@@ -52,6 +54,8 @@ def pack(
     checkpoint holds codes and scales of its own.
     certificate: reads the file again before it takes its name, and writes OUT.certificate.json beside it: what of it is
     proved to be the source, bit for bit. ``lowbit pack`` always does.
+    mmproj: the checkpoint's vision or audio towers and projector instead of its text model, as the file that llama.cpp
+    loads beside it; recipe is 'f16', 'bf16', 'f32', 'q8_0' or 'source' then. So it is for an open ProjectorCheckpoint.
 
     threads: how many work at it; by default as many as there are cores for this process. The bytes do not depend on it.
 
@@ -61,9 +65,13 @@ def pack(
     another process writes ``out``.
     """
     if not isinstance(checkpoint, Checkpoint):
-        with open_checkpoint(checkpoint) as opened:
+        with open_projector(checkpoint) if mmproj else open_checkpoint(checkpoint) as opened:
             return pack(opened, recipe, out, naive=naive, certificate=certificate, threads=threads)
-    if recipe == "source":
+    if isinstance(checkpoint, ProjectorCheckpoint):
+        name = recipe if isinstance(recipe, str) else recipe.name
+        name = _float_type(checkpoint) if name == "source" else name
+        types = mmproj_types.assign(checkpoint, name)
+    elif recipe == "source":
         name = _float_type(checkpoint)
         types = {n: name if len(checkpoint.info(n).shape) > 1 else "f32" for n in checkpoint.names}
     else:

@@ -18,7 +18,9 @@ from lowbit import files
 from lowbit.checkpoint import Checkpoint, open_checkpoint
 from lowbit.checkpoint.gguf_file import GgufFile
 from lowbit.checkpoint.model import read_json
-from lowbit.errors import BadFile, NotFound, Unsupported
+from lowbit.checkpoint.projector import open_projector
+from lowbit.checkpoint.projectors import Projector
+from lowbit.errors import BadFile, LowbitError, NotFound, Unsupported
 from lowbit.pack.proof import TensorProof, prove_tensors
 from lowbit.threads import available_cores, in_order
 
@@ -73,7 +75,7 @@ def verify(artifact: str | Path, source: Checkpoint | str | Path, *, threads: in
     certificate that is of another file or wrong.
     """
     if not isinstance(source, Checkpoint):
-        with open_checkpoint(source) as opened:
+        with open_projector(source) if _is_projector(Path(artifact)) else open_checkpoint(source) as opened:
             return verify(artifact, opened, threads=threads)
     path = Path(artifact)
     if not path.is_file():
@@ -87,6 +89,15 @@ def verify(artifact: str | Path, source: Checkpoint | str | Path, *, threads: in
             where=path_beside(path), found=str(stated.get("totals"))[:200], expected=proved.totals, hint="Remove it",
         )  # fmt: skip
     return proved
+
+
+def _is_projector(artifact: Path) -> bool:
+    """Whether the file is an mmproj; False also for what cannot be read, which is then told where it is opened."""
+    try:
+        with contextlib.closing(GgufFile(artifact)) as file:
+            return bool(file.values.get("general.architecture") == Projector.arch)
+    except (OSError, LowbitError):
+        return False
 
 
 def prove(artifact: Path, source: Checkpoint, *, final: Path | None = None, threads: int | None = None) -> Certificate:
@@ -162,11 +173,11 @@ def _open(artifact: Path, source: Checkpoint) -> GgufFile:
         entry, where = file.entries.get(spec.gguf_name), f"{artifact}: {spec.gguf_name}"
         if entry is None:
             raise BadFile("a tensor of the source is missing", where=where, hint="Is it made from this source?")
-        if entry.shape != spec.shape:
-            hint = "Is it made from this source?"
+        if entry.shape != spec.gguf_shape:
             raise BadFile(
-                "not the source's shape", where=where, found=list(entry.shape), expected=list(spec.shape), hint=hint
-            )
+                "not the source's shape", where=where, found=list(entry.shape), expected=list(spec.gguf_shape),
+                hint="Is it made from this source?",
+            )  # fmt: skip
     return file
 
 

@@ -78,7 +78,7 @@ def write(
             contextlib.closing(in_order(jobs, threads or available_cores())) as finished,
         ):
             for spec, rows, is_last in finished:
-                bar.advance(rows * spec.shape[-1])
+                bar.advance(rows * spec.gguf_shape[-1])
                 if is_last:
                     file.finish_part(spec.name)
         if check is not None:
@@ -95,7 +95,7 @@ def _jobs(
     def job(spec: TensorSpec, encode: Encoder, at: int, start: int, stop: int) -> tuple[TensorSpec, int, bool]:
         raw = np.ascontiguousarray(encode(start, stop)).view(np.uint8)
         file.write(at + start * (raw.size // (stop - start)), raw.reshape(-1).data)
-        return spec, stop - start, stop == spec.n_rows
+        return spec, stop - start, stop == spec.gguf_n_rows
 
     for spec, at in offsets.items():
         encode = encoder(checkpoint, spec, grids.get(types[spec.name]), naive=naive)
@@ -115,13 +115,15 @@ def metadata(checkpoint: Checkpoint, file_type: str) -> list[Field]:
         return [f for f in carried if f.key not in _REPLACED and not f.key.startswith("split.")] + own
     general = [
         text("general.architecture", checkpoint.family.arch),
-        text("general.type", "model"),
+        text("general.type", checkpoint.family.gguf_type),
         text("general.name", checkpoint.name),
     ]
     if checkpoint.license:
         general.append(text("general.license", checkpoint.license))
-    vocab_size = checkpoint.info("model.embed_tokens.weight").shape[0]
-    tokens = tokenizer.metadata(checkpoint.path, checkpoint.config, vocab_size)
+    tokens: list[Field] = []
+    if checkpoint.family.gguf_type == "model":
+        vocab_size = checkpoint.info("model.embed_tokens.weight").shape[0]
+        tokens = tokenizer.metadata(checkpoint.path, checkpoint.config, vocab_size)
     return general + checkpoint.family.metadata(checkpoint.config) + tokens + own
 
 
@@ -165,9 +167,9 @@ def _stored(checkpoint: Checkpoint, spec: TensorSpec, grid: Grid, start: int, st
 
 
 def _head(spec: TensorSpec, grid: Grid) -> TensorHead:
-    if spec.shape[-1] % grid.block_size:
+    if spec.gguf_shape[-1] % grid.block_size:
         raise Unsupported(
             f"rows are not a multiple of {grid.block_size}, which {grid.name} needs",
-            where=spec.name, found=spec.shape[-1], hint="Choose a float recipe such as f16",
+            where=spec.name, found=spec.gguf_shape[-1], hint="Choose a float recipe such as f16",
         )  # fmt: skip
-    return TensorHead(spec.gguf_name, spec.shape, grid.ggml_type)
+    return TensorHead(spec.gguf_name, spec.gguf_shape, grid.ggml_type)

@@ -93,7 +93,7 @@ class _Tensor:
         if self.grid is None:
             return
         self.dtype = precision_of(self.source, self.spec)
-        if len(self.spec.shape) > 1:
+        if len(self.spec.gguf_shape) > 1:
             yield self._identify
         for start, stop in row_slices(self.spec, _SLICE_WEIGHTS):
             yield partial(self._compare, self.grid, start, stop)
@@ -132,7 +132,7 @@ class _Tensor:
         stored = self.info.dtype
         if stored not in _FLOATS:
             return _Found(tensor=self, grid=f"stored as {stored.lower()}")
-        picked = identify.sample(self.spec.n_rows, self.spec.shape[-1])
+        picked = identify.sample(self.spec.gguf_n_rows, self.spec.gguf_shape[-1])
         values = np.concatenate([file_rows(self.source, self.spec, row, row + 1) for row in picked])
         return _Found(tensor=self, grid=identify.describe(values, stored))
 
