@@ -37,7 +37,7 @@ class ProjectorSpec(TensorSpec):
     axes: tuple[int, ...] = ()
     stored: tuple[int, ...] = ()
     compute: Callable[[np.ndarray], np.ndarray] | None = None
-    instead: Mapping[str, str] = field(default_factory=dict)
+    instead: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def gguf_shape(self) -> tuple[int, ...]:
