@@ -221,6 +221,7 @@ def multimodal_logits(
 def test_text_after_an_image(tiny_towers: Make, text_model: Path, tmp_path: Path, record_property: Any) -> None:
     """The whole of Gemma 3: text model and mmproj in llama.cpp, one model in transformers, logits of all text."""
     import torch
+
     import towers
 
     folder, whole = tiny_towers("gemma3")
@@ -253,6 +254,7 @@ def test_text_after_an_image(tiny_towers: Make, text_model: Path, tmp_path: Path
 def test_text_after_an_image_of_gemma4(tiny_towers: Make, tmp_path: Path, record_property: Any, family: str) -> None:
     """The same of Gemma 4, with per-layer embeddings and of 12B; of the latter with an image within the window."""
     import torch
+
     import towers
 
     pytest.importorskip("lowbit.checkpoint.families.gemma4", reason="needs the text model's family")
