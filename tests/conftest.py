@@ -144,7 +144,7 @@ def tiny_towers(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple
         if key not in saved:
             folder = tmp_path_factory.mktemp(family)
             config = towers.config_of(family, vision or {}, **changes)
-            saved[key] = folder, save_tiny(folder, config, adjust=towers.randomize_buffers)
+            saved[key] = folder, save_tiny(folder, config, adjust=towers.like_trained)
         return saved[key]
 
     return make

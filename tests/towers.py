@@ -16,6 +16,7 @@ TEXT: dict[str, Any] = {
 TEXT_3 = TEXT | {"query_pre_attn_scalar": 32}
 TEXT_4 = TEXT | {"global_head_dim": 32, "use_bidirectional_attention": "vision"}
 PER_LAYER = {"vocab_size_per_layer_input": 320, "hidden_size_per_layer_input": 16}
+PER_LAYER_OF: dict[str, dict[str, Any]] = {"gemma4": PER_LAYER, "gemma4_unified": {}}
 SIGLIP: dict[str, Any] = {
     "model_type": "siglip_vision_model", "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 3,
     "num_attention_heads": 4, "image_size": 32, "patch_size": 4, "vision_use_head": False,
@@ -44,14 +45,20 @@ def config_of(family: str, vision: dict[str, Any], **changes: Any) -> Any:
     tokens = {"image_token_id": IMAGE_TOKEN, "boi_token_id": 311, "eoi_token_id": 312, "audio_token_id": 313}
     tokens |= {"boa_token_id": 314, "eoa_token_index": 315, "video_token_id": 316}
     if family == "gemma4":
-        whole = tokens | {"text_config": TEXT_4 | PER_LAYER, "vision_config": VISION_4 | vision}
+        whole = tokens | {"text_config": TEXT_4 | PER_LAYER_OF[family], "vision_config": VISION_4 | vision}
         return transformers.Gemma4Config(**whole | {"audio_config": AUDIO_4} | changes)
-    whole = tokens | {"text_config": TEXT_4, "vision_config": UNIFIED | vision, "audio_config": {}}
+    whole = tokens | {
+        "text_config": TEXT_4 | PER_LAYER_OF[family],
+        "vision_config": UNIFIED | vision,
+        "audio_config": {},
+    }
     return transformers.Gemma4UnifiedConfig(**whole | changes)
 
 
-def randomize_buffers(model: Any) -> None:
-    """Bounds that clip a few values, and a standardization that is none of an identity."""
+def like_trained(model: Any) -> None:
+    """Bounds that clip a few values, a standardization that is none of an identity; and in Gemma 4's text model, which
+    does not divide attention by the root of the head's size, small norms of queries and keys: else a difference in an
+    image's last bits grows from layer to layer."""
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             kind = name.rpartition(".")[2]
@@ -63,6 +70,10 @@ def randomize_buffers(model: Any) -> None:
                 buffer.copy_(1.5 + torch.rand_like(buffer))
             elif kind in ("input_min", "output_min"):
                 buffer.copy_(-1.2 - torch.rand_like(buffer))
+        for name, parameter in model.named_parameters():
+            is_text_norm = "language_model" in name and name.endswith(("q_norm.weight", "k_norm.weight"))
+            if is_text_norm and "gemma4" in model.config.model_type:
+                parameter.mul_(0.5)
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -201,6 +201,23 @@ def test_other_types_are_near(tiny_towers: Make, text_model: Path, tmp_path: Pat
     assert 1e-5 < np.abs(ours - features(whole, towers.normalized(image))).max() < most
 
 
+def multimodal_logits(
+    text_model: Path, folder: Path, out: Path, prompt: str, images: list[np.ndarray]
+) -> tuple[list[int], list[int], np.ndarray]:
+    """llama.cpp's logits of a prompt's text: token ids with those of images, positions of the text, its logits."""
+    import towers
+
+    ids: list[int] = []
+    positions: list[int] = []
+    found = []
+    with opened(text_model, folder, "f32", out) as model:
+        for first, tokens, logits in model.logits_with(prompt, images):
+            ids += [towers.IMAGE_TOKEN] * (first - len(ids)) + tokens
+            positions += range(first, first + len(tokens))
+            found.append(logits)
+    return ids, positions, np.concatenate(found)
+
+
 def test_text_after_an_image(tiny_towers: Make, text_model: Path, tmp_path: Path, record_property: Any) -> None:
     """The whole of Gemma 3: text model and mmproj in llama.cpp, one model in transformers, logits of all text."""
     import torch
@@ -209,17 +226,10 @@ def test_text_after_an_image(tiny_towers: Make, text_model: Path, tmp_path: Path
 
     folder, whole = tiny_towers("gemma3")
     images = [towers.picture(32, 32, seed) for seed in (0, 1)]
-    ids: list[int] = []
-    positions: list[int] = []
-    found = []
-    with opened(text_model, folder, "f32", tmp_path / "mmproj.gguf") as model:
-        prompt = "the thing in <__media__> is nearer the thing in <__media__> and in the text"
-        for first, tokens, logits in model.logits_with(prompt, images):
-            ids += [towers.IMAGE_TOKEN] * (first - len(ids)) + tokens
-            positions += range(first, first + len(tokens))
-            found.append(logits)
-    ours, tokens = np.concatenate(found), torch.tensor([ids])
+    prompt = "the thing in <__media__> is nearer the thing in <__media__> and in the text"
+    ids, positions, ours = multimodal_logits(text_model, folder, tmp_path / "mmproj.gguf", prompt, images)
     assert ids.count(towers.IMAGE_TOKEN) == 32
+    tokens = torch.tensor([ids])
 
     def theirs(images: list[np.ndarray]) -> np.ndarray:
         pixels = torch.cat([towers.normalized(image) for image in images])
@@ -238,3 +248,33 @@ def test_text_after_an_image(tiny_towers: Make, text_model: Path, tmp_path: Path
     assert (ours.argmax(-1) == expected.argmax(-1)).all()
     # The images matter: in the other order they are another text.
     assert np.abs(theirs(images[::-1]) - theirs(images)).max() > 0.5
+
+
+@pytest.mark.parametrize("family", ["gemma4", "gemma4_unified"])
+def test_text_after_an_image_of_gemma4(tiny_towers: Make, tmp_path: Path, record_property: Any, family: str) -> None:
+    """The same of Gemma 4, with per-layer embeddings and of 12B; of the latter with an image within the window."""
+    import torch
+
+    import towers
+
+    pytest.importorskip("lowbit.checkpoint.families.gemma4", reason="needs the text model's family")
+    folder, whole = tiny_towers(
+        family, text_config=towers.TEXT_4 | {"sliding_window": 128} | towers.PER_LAYER_OF[family]
+    )
+    lowbit.pack(folder, "f32", tmp_path / "text.gguf")
+    image = towers.picture(84, 120)
+    prompt = "the thing in <__media__> is the thing in the text"
+    ids, positions, ours = multimodal_logits(tmp_path / "text.gguf", folder, tmp_path / "mmproj.gguf", prompt, [image])
+    assert ids.count(towers.IMAGE_TOKEN) == 70
+    tokens = torch.tensor([ids])
+
+    def theirs(image: np.ndarray) -> np.ndarray:
+        pixels, places = towers.patches(image, 12 if family == "gemma4_unified" else 4)
+        kinds = (tokens == towers.IMAGE_TOKEN).long()
+        with torch.no_grad():
+            found = whole(input_ids=tokens, pixel_values=pixels, image_position_ids=places, mm_token_type_ids=kinds)
+        return found.logits[0].numpy()[positions]
+
+    expected = theirs(image)
+    assert differences(ours, expected, record_property, "logits as they are") < AS_IT_IS
+    assert np.abs(theirs(image[::-1].copy()) - expected).max() > 0.5
