@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from lowbit.checkpoint import projectors
 from lowbit.checkpoint.projector import open_projector
 from lowbit.checkpoint.projectors import preprocessor
+from lowbit.checkpoint.projectors.base import ProjectorSpec
 from lowbit.errors import BadConfig, BadFile, LowbitError, NotFound, Unsupported
 
 Make = Callable[..., tuple[Path, Any]]
@@ -208,6 +209,27 @@ def test_a_packed_convolution(copied: Path) -> None:
     packed(copied, "vision_tower.embeddings.patch_embedding.weight")
     with pytest.raises(Unsupported, match="only matrices"):
         open_projector(copied)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gemma4", "gemma4_unified"])
+def test_slices_of_rows_are_the_whole(tiny_towers: Make, family: str) -> None:
+    """Whatever rows are asked for, in GGUF's order; the whole by what the description says of all axes at once."""
+    rng = np.random.default_rng(0)
+    with open_projector(tiny_towers(family)[0]) as source:
+        for spec in source.specs.values():
+            assert isinstance(spec, ProjectorSpec)
+            values = source.read(spec.name) + np.float32(spec.gguf_offset)
+            whole = values.reshape(spec.view).transpose(spec.axes) if spec.view else values
+            whole = whole.reshape(spec.gguf_n_rows, -1)
+            whole = spec.compute(whole) if spec.compute else whole
+
+            def read(first: int, last: int, name: str = spec.name) -> np.ndarray:
+                return source.read_rows(name, first, last)
+
+            for _ in range(5):
+                start = int(rng.integers(spec.gguf_n_rows))
+                stop = int(rng.integers(start, spec.gguf_n_rows)) + 1
+                assert np.array_equal(spec.gguf_values(read, start, stop), whole[start:stop]), spec.name
 
 
 def test_siglips_own_head_is_left_out(copied: Path) -> None:
