@@ -81,8 +81,7 @@ def differences(ours: np.ndarray, theirs: np.ndarray, record: Any, name: str) ->
     assert 0.5 < theirs.std() < 5  # the tolerances are of values around 1
     assert np.ptp(theirs, axis=0).min() > 0.1  # positions differ
     largest = float(np.abs(ours - theirs).max())
-    record(f"largest_{name}", largest)
-    print(f"largest difference, {name}: {largest:.2e}")
+    record(f"largest difference {name}", largest)
     return largest
 
 
@@ -183,10 +182,10 @@ def test_gemma4_unified(tiny_towers: Make, text_model: Path, tmp_path: Path, rec
     sound = (np.random.default_rng(1).standard_normal(640 * 20) * 0.1).astype(np.float32)
     with opened(text_model, folder, "f32", tmp_path / "mmproj.gguf") as model:
         seen, heard = model.embed(image), model.embed(sound)
-    assert differences(seen, features(whole, *towers.patches(image, 12)), record_property, "image") < EXACT
+    assert differences(seen, features(whole, *towers.patches(image, 12)), record_property, "of an image") < EXACT
     frames = torch.from_numpy(sound.reshape(1, 20, 640))
     theirs = features(whole, frames, torch.ones(1, 20, dtype=torch.bool), kind="audio")
-    assert differences(heard, theirs, record_property, "sound") < EXACT
+    assert differences(heard, theirs, record_property, "of a sound") < EXACT
 
 
 @pytest.mark.parametrize(("recipe", "most"), [("f16", 1e-2), ("bf16", 1e-1), ("q8_0", 3e-1)])
@@ -241,10 +240,10 @@ def test_text_after_an_image(tiny_towers: Make, text_model: Path, tmp_path: Path
     tower, text = whole.model.vision_tower, whole.model.language_model
     patch, gelu = tower.embeddings.patch_embedding, [(layer.mlp, "activation_fn") for layer in tower.encoder.layers]
     gelu += [(layer.mlp, "act_fn") for layer in text.layers]
-    assert differences(ours, theirs(images), record_property, "logits as they are") < AS_IT_IS
+    assert differences(ours, theirs(images), record_property, "of logits as they are") < AS_IT_IS
     with rounding([patch], gelu):
         expected = theirs(images)
-        assert differences(ours, expected, record_property, "logits rounded alike") < ROUNDED_ALIKE
+        assert differences(ours, expected, record_property, "of logits rounded alike") < ROUNDED_ALIKE
     assert (ours.argmax(-1) == expected.argmax(-1)).all()
     # The images matter: in the other order they are another text.
     assert np.abs(theirs(images[::-1]) - theirs(images)).max() > 0.5
@@ -276,5 +275,5 @@ def test_text_after_an_image_of_gemma4(tiny_towers: Make, tmp_path: Path, record
         return found.logits[0].numpy()[positions]
 
     expected = theirs(image)
-    assert differences(ours, expected, record_property, "logits as they are") < AS_IT_IS
+    assert differences(ours, expected, record_property, "of logits as they are") < AS_IT_IS
     assert np.abs(theirs(image[::-1].copy()) - expected).max() > 0.5
