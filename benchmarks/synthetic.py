@@ -25,12 +25,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4,
         "max_position_embeddings": 2048, "rms_norm_eps": 1e-05, "tie_word_embeddings": False,
     },
-    # google/gemma-3-27b-it's text model; layers are cut to the wanted size
+    # google/gemma-3-27b-it's text model, of as many layers as wanted; with its 62, query_pre_attn_scalar is 168
     "gemma3-27b": {
         "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "vocab_size": 262208,
         "hidden_size": 5376, "intermediate_size": 21504, "num_hidden_layers": 62, "num_attention_heads": 32,
-        "num_key_value_heads": 16, "head_dim": 128, "query_pre_attn_scalar": 168, "sliding_window": 1024,
-        "max_position_embeddings": 131072, "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "num_key_value_heads": 16, "head_dim": 128, "query_pre_attn_scalar": 128, "sliding_window": 1024,
+        "max_position_embeddings": 131072, "rms_norm_eps": 1e-06,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
     },
 }  # fmt: skip
 _TILE = 1 << 24  # weights

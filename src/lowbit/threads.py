@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import ctypes
 import os
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+from lowbit.units import MIB
+
 _CPUS = Path("/sys/devices/system/cpu")
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _T = TypeVar("_T")
 
 
@@ -45,6 +49,18 @@ def in_order(jobs: Iterable[Callable[[], _T]], threads: int) -> Generator[_T]:
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def keep_freed_memory() -> None:
+    """Call before work that takes and frees megabytes over and over, on any thread.
+
+    glibc gives them back to the kernel each time, and taking them again costs a page fault for every 4 KiB: a tenth of
+    the time of packing. After this a process holds on to up to 64 MiB. Elsewhere nothing happens.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, 32 * MIB)
+        mallopt(_M_TRIM_THRESHOLD, 64 * MIB)
 
 
 def available_cores() -> int:

@@ -148,7 +148,12 @@ def open_folder(folder: Path) -> dict[str, SafetensorsFile]:
     for shard, file in shards.items():
         for name in file.entries:
             if owners.get(name) is not file:
-                raise BadFile("a shard holds a tensor that the index places elsewhere", where=f"{shard}: {name}")
+                raise BadFile(
+                    "a shard holds a tensor that the index places elsewhere",
+                    where=f"{folder / shard}: {name}",
+                    found=f"{owners[name].path.name} in the index" if name in owners else "nothing in the index",
+                    hint=_REDOWNLOAD,
+                )
     return owners
 
 

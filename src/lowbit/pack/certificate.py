@@ -22,7 +22,7 @@ from lowbit.checkpoint.projector import open_projector
 from lowbit.checkpoint.projectors import Projector
 from lowbit.errors import BadFile, LowbitError, NotFound, Unsupported
 from lowbit.pack.proof import TensorProof, prove_tensors
-from lowbit.threads import available_cores, in_order
+from lowbit.threads import available_cores, in_order, keep_freed_memory
 
 FORMAT = "lowbit-certificate/1"
 SUFFIX = ".certificate.json"
@@ -102,6 +102,7 @@ def _is_projector(artifact: Path) -> bool:
 
 def prove(artifact: Path, source: Checkpoint, *, final: Path | None = None, threads: int | None = None) -> Certificate:
     """The certificate of the file ``artifact``, which will be called ``final``. Raises BadFile and Unsupported."""
+    keep_freed_memory()
     label, threads = final or artifact, threads or available_cores()
     with contextlib.closing(_open(artifact, source)) as file:
         tensors = prove_tensors(file, source, str(label), threads)

@@ -23,7 +23,7 @@ from lowbit.grid.base import Grid
 from lowbit.pack import lattice, tokenizer
 from lowbit.pack.partial import Partial, resumable
 from lowbit.pack.rows import file_rows, precision_of, row_slices
-from lowbit.threads import available_cores, in_order
+from lowbit.threads import available_cores, in_order, keep_freed_memory
 
 # llama.cpp's LLAMA_FTYPE_*: what `general.file_type` says a file mostly is.
 FILE_TYPES = {
@@ -32,7 +32,7 @@ FILE_TYPES = {
 _GUESSED = 1024
 _QUANTIZATION_VERSION = 2
 _REPLACED = ("general.file_type", "general.quantization_version")
-_SLICE_WEIGHTS = 1 << 18  # weights encoded at a time: float32 and bytes fit in a core's cache
+_SLICE_WEIGHTS = 1 << 20  # weights encoded at a time: 4 MiB of float32
 
 Encoder = Callable[[int, int], np.ndarray]
 
@@ -52,6 +52,7 @@ def write(
     Interrupted or killed, it leaves a partial file that the next call with the same arguments goes on with. The bytes
     do not depend on ``threads``. check: is given the whole file before it takes its name, and may refuse it by raising.
     """
+    keep_freed_memory()
     fields = metadata(checkpoint, file_type)
     computed = checkpoint.family.computed(checkpoint.config)
     specs = checkpoint.specs
@@ -137,13 +138,13 @@ def encoder(checkpoint: Checkpoint, spec: TensorSpec, grid: Grid, *, naive: bool
         return file_rows(checkpoint, spec, start, stop)
 
     if naive:
-        return lambda start, stop: ggml.quantize(values(start, stop), grid.ggml_type)
+        return lambda start, stop: ggml.quantize(values(start, stop), grid.ggml_type, checked=True)
     if checkpoint.info(spec.name).grid == grid.name:
         return functools.partial(_stored, checkpoint, spec, grid)
     if not grid.has_scales:
         # The same bits from either; K-quants from the C library in a quarter of the time.
         if grid.block_size > 1 and ggml.is_installed():
-            return lambda start, stop: ggml.quantize(values(start, stop), grid.ggml_type)
+            return lambda start, stop: ggml.quantize(values(start, stop), grid.ggml_type, checked=True)
         return lambda start, stop: grid.pack(grid.quantize(values(start, stop)))
     # Quantization-aware training leaves values without their codes and scales. Where these cannot be found again this
     # is ordinary rounding.
