@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import pytest
 
 from lowbit.checkpoint import resolve
 from lowbit.errors import NotFound
+
+sys.path.insert(0, str(Path(__file__).parent))  # towers
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TINY_LLAMA: dict[str, Any] = {
@@ -274,6 +277,24 @@ def tiny_gemma4_assistant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
         folder = tmp_path / "drafter"
         save_tiny_gemma4(folder, config)
         return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_towers(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Any]]:
+    """tiny_towers(family, vision={}, **changes): a tiny multimodal model's folder, not to be changed, and the model."""
+    saved: dict[str, tuple[Path, Any]] = {}
+
+    def make(family: str, vision: dict[str, Any] | None = None, **changes: Any) -> tuple[Path, Any]:
+        import towers
+
+        key = repr((family, vision, changes))
+        if key not in saved:
+            folder = tmp_path_factory.mktemp(family)
+            config = towers.config_of(family, vision or {}, **changes)
+            saved[key] = folder, save_tiny(folder, config, adjust=towers.like_trained)
+        return saved[key]
 
     return make
 

@@ -14,6 +14,7 @@ from lowbit.checkpoint import Checkpoint, open_checkpoint, resolve
 from lowbit.checkpoint.gguf_file import GgufFile
 from lowbit.checkpoint.model import FORMAT, MANIFEST, read_json
 from lowbit.checkpoint.packed import Scheme
+from lowbit.checkpoint.projectors import Projector
 from lowbit.checkpoint.safetensors_file import SafetensorsFile, open_folder, to_float32
 from lowbit.checkpoint.schemes import scheme_of
 from lowbit.checkpoint.tensor_file import Entry
@@ -49,6 +50,8 @@ def inspect(model: str | Path) -> dict[str, Any]:
       weights, size_bytes (of the files with the tensors), bits_per_weight (the tensors' bytes only; None where
       weights are packed into integers in a way that lowbit does not know);
       layers, hidden_size, context_length, quantization as far as the file says;
+      projectors: {'vision' or 'audio': its name in llama.cpp} of an mmproj, {} of another file, and projection_size,
+        the hidden size of the text model that it belongs to;
       problem: why lowbit cannot work with it, or None.
     Raises NotFound, and BadFile where the file is truncated or its parts contradict each other.
     """
@@ -65,11 +68,12 @@ def inspect(model: str | Path) -> dict[str, Any]:
     found = {"path": str(path)} | found | {"problem": None}
     grids: Mapping[str, str] = found.pop("_grids", {})
     countable = found["quantization"] is None or found["kind"] != "safetensors"
-    try:
-        with open_checkpoint(path) as checkpoint:
-            _add_checkpoint(found, checkpoint)
-    except LowbitError as error:
-        found["problem"] = _utf8(str(error))
+    if not found["projectors"]:  # an mmproj is no model of its own
+        try:
+            with open_checkpoint(path) as checkpoint:
+                _add_checkpoint(found, checkpoint)
+        except LowbitError as error:
+            found["problem"] = _utf8(str(error))
     lattices = {name: lattice for name in entries if (lattice := _lattice(entries[name], raw, name)) is not None}
     return found | _summary(entries, grids, lattices, countable=countable)
 
@@ -87,14 +91,28 @@ def _gguf(path: Path) -> tuple[dict[str, Any], dict[str, Entry], Raw]:
         "size_bytes": path.stat().st_size,
         "quantization": None,
     }
-    found |= {ours: _size(values.get(f"{architecture}.{key}")) for ours, key, _ in _DIMENSIONS}
+    projectors = _projectors(values) if architecture == Projector.arch else {}
+    prefix = f"{architecture}.{next(iter(projectors))}" if projectors else architecture
+    found |= {ours: _size(values.get(f"{prefix}.{key}")) for ours, key, _ in _DIMENSIONS}
+    found |= {"projectors": projectors, "projection_size": _size(values.get(f"{prefix}.projection_dim"))}
+    if projectors:
+        found["tied"] = None
     return found, entries, file.raw
+
+
+def _projectors(values: Mapping[str, Any]) -> dict[str, str]:
+    """The towers of an mmproj, as llama.cpp reads the keys: one name for all goes before a tower's own."""
+    kinds = [kind for kind in ("vision", "audio") if values.get(f"clip.has_{kind}_encoder") is True]
+    every = values.get("clip.projector_type")
+    named = {kind: _text(every) or _text(values.get(f"clip.{kind}.projector_type")) for kind in kinds}
+    return {kind: name for kind, name in named.items() if name}
 
 
 def _safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Entry], Raw]:
     file = SafetensorsFile(path)
     nothing = dict.fromkeys(("architecture", "license", "tied", "quantization", *(d[0] for d in _DIMENSIONS)))
     found: dict[str, Any] = {"kind": "safetensors", "name": path.stem, "size_bytes": path.stat().st_size, **nothing}
+    found |= {"projectors": {}, "projection_size": None}
     return found, file.entries, file.raw
 
 
@@ -120,6 +138,8 @@ def _folder(path: Path) -> tuple[dict[str, Any], dict[str, Entry], Raw]:
         "size_bytes": sum(file.stat().st_size for file in {file.path for file in files.values()}),
         "quantization": str(method) if method is not None else None,
         "_grids": _trained_grids(path),
+        "projectors": {},
+        "projection_size": None,
     }
     found |= {ours: _size(text.get(key)) for ours, _, key in _DIMENSIONS}
     return found, entries, lambda name: files[name].raw(name)

@@ -13,9 +13,10 @@ from lowbit.checkpoint.families.base import TensorSpec
 from lowbit.pack.rows import file_rows, precision_of, row_slices
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_the_slices_are_the_whole(request: pytest.FixtureRequest, family: str) -> None:
-    with open_checkpoint(request.getfixturevalue(f"tiny_{family}")()) as source:
+@pytest.mark.parametrize(("family", "changes"), [("llama", {}), ("llama", {"attention_bias": True}), ("gemma3", {})])
+def test_the_slices_are_the_whole(request: pytest.FixtureRequest, family: str, changes: dict[str, bool]) -> None:
+    with open_checkpoint(request.getfixturevalue(f"tiny_{family}")(**changes)) as source:
+        assert any(spec.role == "bias" and spec.heads for spec in source.specs.values()) == bool(changes)
         for spec in source.specs.values():
             whole, order = source.read(spec.name) + np.float32(spec.gguf_offset), spec.gguf_rows()
             whole = (whole if order is None else whole[order]).reshape(-1, spec.shape[-1])
@@ -34,6 +35,7 @@ def test_the_slices_are_the_whole(request: pytest.FixtureRequest, family: str) -
         ((96, 64), 4, 640, 24),  # at least a head
         ((96, 64), 4, 64 * 50, 48),  # whole heads
         ((64,), 0, 8, 1),
+        ((64,), 4, 8, 1),  # a bias of heads is one row too
         ((8, 30, 64), 0, 64 * 100, 100),  # experts follow one another
     ],
 )

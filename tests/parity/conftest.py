@@ -13,8 +13,12 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     lines = []
     for report in terminalreporter.getreports("passed"):
         found = dict(report.user_properties)
-        if report.when == "call" and "largest_kl" in found:
-            name = report.nodeid.rpartition("::")[2]
+        name = report.nodeid.rpartition("::")[2]
+        if report.when != "call":
+            continue
+        if vision := [f"{key} {value:.1e}" for key, value in found.items() if key.startswith("largest difference")]:
+            lines.append(f"{name}: {'; '.join(vision)}")
+        if "largest_kl" in found:
             difference, kl = found["largest_logit_difference"], found["largest_kl"]
             lines.append(f"{name}: largest logit difference {difference:.1e}, largest KL {kl:.1e} nats")
     if lines:

@@ -225,7 +225,7 @@ def test_another_layout_of_the_library_is_refused() -> None:
     params = _llama_h.load().lib.llama_context_default_params()
     params.n_batch = 77
     with pytest.raises(RuntimeFailed, match="laid out differently") as error:
-        _llama_h._check("llama_context_params", params, _llama_h._CONTEXT_DEFAULTS)
+        _llama_h.check("llama_context_params", params, _llama_h._CONTEXT_DEFAULTS)
     assert "n_batch = 77" in str(error.value)
 
 

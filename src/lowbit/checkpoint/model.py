@@ -247,8 +247,8 @@ class FolderCheckpoint(Checkpoint):
 
     def __init__(self, path: Path) -> None:
         config_path = path / "config.json"
-        config = read_json(config_path, BadConfig)
-        family = families.by_config(config, config_path)
+        config = self._read_config(path)
+        family = self._family(config, config_path)
         self._scheme = schemes.scheme_of(config, config_path)
         for key in schemes.KEYS:
             config.pop(key, None)
@@ -277,6 +277,12 @@ class FolderCheckpoint(Checkpoint):
         if manifest.get("format") == FORMAT:
             self.manifest = manifest
             self._open_blocks(path)
+
+    def _read_config(self, path: Path) -> dict[str, Any]:
+        return read_json(path / "config.json", BadConfig)
+
+    def _family(self, config: dict[str, Any], where: Path) -> Family:
+        return families.by_config(config, where)
 
     def _open_blocks(self, path: Path) -> None:
         where = path / MANIFEST
@@ -337,7 +343,7 @@ class FolderCheckpoint(Checkpoint):
         if self._scheme and stored in self._packed:
             return self._scheme.read_rows(self._files, stored, start, stop)
         file = self._files[stored]
-        where, shape = f"{file.path}: {stored}", (stop - start, spec.shape[-1])
+        where, shape = f"{file.path}: {stored}", (stop - start, spec.shape[-1] if spec.shape else 1)
         raw = file.read_rows(stored, start, stop)
         return safetensors_file.to_float32(raw.reshape(-1), file.entries[stored].dtype, shape, where)
 

@@ -78,11 +78,12 @@ def check_part(files: Files, part: str, dtypes: tuple[str, ...], shape: tuple[in
 
 
 def rows_of(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and weights a row. Raises BadFile where a tensor in parts is no matrix, Unsupported where it has experts."""
+    """Rows and weights a row. Raises BadFile where a tensor in parts is a vector, Unsupported where it is experts or a
+    convolution."""
     if len(shape) < 2:
         raise BadFile("codes and scales of what is no matrix", where=name, found=list(shape))
     if len(shape) > 2:
-        raise Unsupported("experts are not read from codes and scales", where=name, found=list(shape))
+        raise Unsupported("only matrices are read from codes and scales", where=name, found=list(shape))
     return shape[0], shape[1]
 
 

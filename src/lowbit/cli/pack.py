@@ -18,13 +18,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--recipe",
         help="type of the matrices: q4_0 (GGUF's default), q4_1, q5_0, q5_1, q8_0; mlx_affine4_g32 (MLX's default), "
         "mlx_affine4_g64, mlx_affine8_g32, mlx_affine8_g64; int4_g32 (compressed-tensors' default), int4_g128; "
-        "f16, bf16, f32",
+        "f16, bf16, f32; with --mmproj f16 (default), bf16, f32, q8_0",
     )
     parser.add_argument(
         "--to",
         metavar="CONTAINER",
         help="gguf (a file), mlx or compressed-tensors (folders); without it the one that has the recipe's type, "
         "gguf before the others",
+    )
+    parser.add_argument(
+        "--mmproj",
+        action="store_true",
+        help="write the vision or audio towers and the projector of a multimodal checkpoint, which llama.cpp loads "
+        "beside the text model",
     )
     parser.add_argument(
         "-o",
@@ -77,8 +83,12 @@ def _check(args: argparse.Namespace) -> None:
             raise BadOption("--source goes with --verify", hint="`lowbit pack --help` lists the options")
     else:
         missing = {"--source": args.source}
-        others = {"CHECKPOINT": args.checkpoint, "--out": args.out, "--to": args.to, "--recipe": args.recipe}
-        given = [name for name, value in others.items() if value is not None] + ["--naive"] * args.naive
+        others = {
+            "CHECKPOINT": args.checkpoint, "--out": args.out, "--to": args.to, "--recipe": args.recipe,
+            "--calibration": args.calibration, "--bits": args.bits, "--size": args.size,
+        }  # fmt: skip
+        given = [name for name, value in others.items() if value is not None]
+        given += ["--naive"] * args.naive + ["--mmproj"] * args.mmproj
         if given:
             raise BadOption("--verify writes nothing", found=", ".join(given), expected="--source alone")
     for name, value in missing.items():
@@ -105,6 +115,7 @@ def _pack(args: argparse.Namespace) -> int:
             bits=args.bits,
             size=args.size,
             threads=args.threads,
+            mmproj=args.mmproj,
         )
     assert packed.certificate is not None
     bits = inspect(packed.path)["bits_per_weight"]

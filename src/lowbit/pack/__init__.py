@@ -7,15 +7,17 @@ bytes are copied, and nothing is rounded again. Where another program trained it
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from lowbit import files, verbs
 from lowbit import recipe as recipes
 from lowbit.checkpoint import Checkpoint, open_checkpoint
+from lowbit.checkpoint.projector import ProjectorCheckpoint, open_projector
 from lowbit.errors import BadOption
 from lowbit.pack import certificate as certificates
-from lowbit.pack import containers, gguf_container, mix
+from lowbit.pack import containers, gguf_container, mix, mmproj_types
 from lowbit.pack.calibration import Calibration
 from lowbit.pack.certificate import Certificate, verify
 from lowbit.pack.containers import Container
@@ -53,6 +55,7 @@ def pack(
     calibration: str | Path | None = None,
     bits: float | None = None,
     size: int | None = None,
+    mmproj: bool = False,
 ) -> PackResult:
     """Writes ``checkpoint`` as an artifact whose tensors lie on the grids that ``recipe`` assigns.
 
@@ -68,6 +71,9 @@ def pack(
     rounded so that the output changes least (see ``compensate``). GGUF only.
     bits, size: instead of by a recipe, each tensor's type is chosen (see ``mix``) so that the weights take at most so
     many bits each, or the file so many bytes. Needs a calibration.
+    mmproj: the checkpoint's vision or audio towers and projector instead of its text model, as the GGUF that llama.cpp
+    loads beside it; recipe is 'f16' (usual), 'bf16', 'f32', 'q8_0' or 'source' then. An open checkpoint must be a
+    ProjectorCheckpoint, for which nothing else is packed.
     threads: how many work at it; by default as many as there are cores for this process. The bytes do not depend on it.
 
     Some rows of a tensor are in memory at a time, and the artifact takes its name only when it is whole. Interrupted or
@@ -77,11 +83,13 @@ def pack(
     process writes ``out``.
     """
     if not isinstance(checkpoint, Checkpoint):
-        with open_checkpoint(checkpoint) as opened:
+        with open_projector(checkpoint) if mmproj else open_checkpoint(checkpoint) as opened:
             return pack(
                 opened, recipe, out, to=to, naive=naive, certificate=certificate, threads=threads,
-                calibration=calibration, bits=bits, size=size,
+                calibration=calibration, bits=bits, size=size, mmproj=mmproj,
             )  # fmt: skip
+    if mmproj or isinstance(checkpoint, ProjectorCheckpoint):
+        _check_projector(checkpoint, to, {"calibration": calibration, "bits": bits, "size": size})
     guide = _guide(checkpoint, calibration, naive=naive)
     mixed = None
     if bits is not None or size is not None:
@@ -99,7 +107,7 @@ def pack(
         beside = certificates.path_beside(whole if whole.is_dir() else out)
         files.write_json(beside, proved[0].to_json())
 
-    size = container.write(
+    written = container.write(
         checkpoint, types, out, file_type=name, naive=naive, threads=threads, guide=guide,
         check=prove if certificate else None,
     )  # fmt: skip
@@ -107,7 +115,7 @@ def pack(
         certificates.path_beside(out).unlink(missing_ok=True)
     return PackResult(
         path=out,
-        size_bytes=size,
+        size_bytes=written,
         n_weights=checkpoint.n_weights,
         types=types,
         certificate=proved[0] if proved else None,
@@ -119,6 +127,11 @@ def _by_recipe(
     checkpoint: Checkpoint, recipe: Recipe | str | None, to: str | None
 ) -> tuple[Container, str, dict[str, str]]:
     """The container, what the recipe is called, and the grid of each tensor."""
+    if isinstance(checkpoint, ProjectorCheckpoint):
+        recipe = recipe or mmproj_types.RECIPES[0]
+        name = recipe if isinstance(recipe, str) else recipe.name
+        name = _float_type(checkpoint) if name == "source" else name
+        return containers.choose("gguf", None), name, mmproj_types.assign(checkpoint, name)
     if recipe is None:
         recipe = containers.choose(to, None).RECIPE
     if recipe == "source":
@@ -126,6 +139,18 @@ def _by_recipe(
         return containers.choose(to, name), name, recipes.get(name).assign(checkpoint)
     chosen = recipes.get(recipe) if isinstance(recipe, str) else recipe
     return containers.choose(to, chosen.weights), chosen.name, chosen.assign(checkpoint)
+
+
+def _check_projector(checkpoint: Checkpoint, to: str | None, measured: Mapping[str, object]) -> None:
+    """Raises BadOption for what does not go with an mmproj."""
+    given = [name for name, value in measured.items() if value is not None]
+    if given:
+        raise BadOption("an mmproj is packed by a recipe", found=", ".join(given), hint="Leave it out")
+    if to not in (None, "gguf"):
+        raise BadOption("an mmproj is a GGUF", found=to, hint="MLX and compressed-tensors keep towers in the model")
+    if not isinstance(checkpoint, ProjectorCheckpoint):
+        hint = "Give its path, or open it with lowbit.checkpoint.projector.open_projector"
+        raise BadOption("the checkpoint is open as a text model", where=checkpoint.path, hint=hint)
 
 
 def _guide(checkpoint: Checkpoint, calibration: str | Path | None, *, naive: bool) -> Guide | None:

@@ -19,7 +19,9 @@ from lowbit.checkpoint import Checkpoint, open_checkpoint
 from lowbit.checkpoint.families.base import TensorSpec
 from lowbit.checkpoint.gguf_file import GgufFile
 from lowbit.checkpoint.model import read_json
-from lowbit.errors import BadFile, NotFound, Unsupported
+from lowbit.checkpoint.projector import open_projector
+from lowbit.checkpoint.projectors import Projector
+from lowbit.errors import BadFile, LowbitError, NotFound, Unsupported
 from lowbit.pack import model_folder
 from lowbit.pack.proof import FolderTensor, GgufTensor, Tensor, TensorProof, prove_tensors
 from lowbit.threads import in_order, keep_freed_memory, thread_count
@@ -78,7 +80,7 @@ def verify(artifact: str | Path, source: Checkpoint | str | Path, *, threads: in
     certificate that is of another file or wrong.
     """
     if not isinstance(source, Checkpoint):
-        with open_checkpoint(source) as opened:
+        with open_projector(source) if _is_projector(Path(artifact)) else open_checkpoint(source) as opened:
             return verify(artifact, opened, threads=threads)
     path = Path(artifact)
     if not path.exists():
@@ -92,6 +94,15 @@ def verify(artifact: str | Path, source: Checkpoint | str | Path, *, threads: in
             where=path_beside(path), found=str(stated.get("totals"))[:200], expected=proved.totals, hint="Remove it",
         )  # fmt: skip
     return proved
+
+
+def _is_projector(artifact: Path) -> bool:
+    """Whether the file is an mmproj; False also for what cannot be read, which is then told where it is opened."""
+    try:
+        with contextlib.closing(GgufFile(artifact)) as file:
+            return bool(file.values.get("general.architecture") == Projector.arch)
+    except (OSError, LowbitError):
+        return False
 
 
 def prove(artifact: Path, source: Checkpoint, *, final: Path | None = None, threads: int | None = None) -> Certificate:
@@ -225,10 +236,9 @@ def _check(
         found, where = shapes.get(name), f"{artifact}: {name}"
         if found is None:
             raise BadFile("a tensor of the source is missing", where=where, hint=hint)
-        if found != spec.shape:
-            raise BadFile(
-                "not the source's shape", where=where, found=list(found), expected=list(spec.shape), hint=hint
-            )
+        wanted = spec.gguf_shape  # which only a projector's tensors have another of in Hugging Face's layout
+        if found != wanted:
+            raise BadFile("not the source's shape", where=where, found=list(found), expected=list(wanted), hint=hint)
 
 
 def _utf8(name: str) -> str:

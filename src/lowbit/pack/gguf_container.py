@@ -88,7 +88,7 @@ def write(
             contextlib.closing(in_order(jobs, workers)) as finished,
         ):
             for spec, rows, is_last in finished:
-                bar.advance(rows * spec.shape[-1])
+                bar.advance(rows * spec.gguf_shape[-1])
                 if is_last:
                     file.finish_part(spec.name)
         if check is not None:
@@ -112,11 +112,11 @@ def _jobs(
     def job(spec: TensorSpec, encode: Encoder, at: int, start: int, stop: int) -> tuple[TensorSpec, int, bool]:
         raw = np.ascontiguousarray(encode(start, stop)).view(np.uint8)
         file.write(at + start * (raw.size // (stop - start)), raw.reshape(-1).data)
-        return spec, stop - start, stop == spec.n_rows
+        return spec, stop - start, stop == spec.gguf_n_rows
 
     for spec, at in tensors:
         encode = encoder(checkpoint, spec, grids.get(types[spec.name]), naive=naive, guide=guide)
-        least = guide.rows_at_least(spec) * spec.shape[-1] if guide is not None else 0
+        least = guide.rows_at_least(spec) * spec.gguf_shape[-1] if guide is not None else 0
         for start, stop in row_slices(spec, max(_SLICE_WEIGHTS, least)):
             yield functools.partial(job, spec, encode, at, start, stop)
 
@@ -124,7 +124,7 @@ def _jobs(
 def header_bytes(checkpoint: Checkpoint) -> int:
     """Bytes of the file before its tensors and of those that follow from the config; types change none of it."""
     computed = checkpoint.family.computed(checkpoint.config)
-    heads = [TensorHead(spec.gguf_name, spec.shape, 0) for spec in checkpoint.specs.values()]
+    heads = [TensorHead(spec.gguf_name, spec.gguf_shape, 0) for spec in checkpoint.specs.values()]
     heads += [TensorHead(name, values.shape, 0) for name, values in computed.items()]
     handle = io.BytesIO()
     write_header(handle, metadata(checkpoint, "mix"), heads)
@@ -145,13 +145,15 @@ def metadata(checkpoint: Checkpoint, file_type: str, guide: Guide | None = None)
         return [f for f in carried if f.key not in _REPLACED and not f.key.startswith("split.")] + own
     general = [
         text("general.architecture", checkpoint.family.arch),
-        text("general.type", "model"),
+        text("general.type", checkpoint.family.gguf_type),
         text("general.name", checkpoint.name),
     ]
     if checkpoint.license:
         general.append(text("general.license", checkpoint.license))
-    vocab_size = checkpoint.info("model.embed_tokens.weight").shape[0]
-    tokens = tokenizer.metadata(checkpoint.path, checkpoint.config, vocab_size, spm_model=checkpoint.family.spm_model)
+    tokens: list[Field] = []
+    if checkpoint.family.gguf_type == "model":
+        vocab_size, spm_model = checkpoint.info("model.embed_tokens.weight").shape[0], checkpoint.family.spm_model
+        tokens = tokenizer.metadata(checkpoint.path, checkpoint.config, vocab_size, spm_model=spm_model)
     return general + checkpoint.family.metadata(checkpoint.config) + tokens + own
 
 
@@ -198,9 +200,9 @@ def _stored(checkpoint: Checkpoint, spec: TensorSpec, grid: Grid, start: int, st
 
 
 def _head(spec: TensorSpec, grid: Grid) -> TensorHead:
-    if spec.shape[-1] % grid.block_size:
+    if spec.gguf_shape[-1] % grid.block_size:
         raise Unsupported(
             f"rows are not a multiple of {grid.block_size}, which {grid.name} needs",
-            where=spec.name, found=spec.shape[-1], hint="Choose a float recipe such as f16",
+            where=spec.name, found=spec.gguf_shape[-1], hint="Choose a float recipe such as f16",
         )  # fmt: skip
-    return TensorHead(spec.gguf_name, spec.shape, ggml.type_of(grid))
+    return TensorHead(spec.gguf_name, spec.gguf_shape, ggml.type_of(grid))

@@ -105,7 +105,7 @@ class Tensor(ABC):
         if self.grid is None:
             return
         self.dtype = self.precision()
-        if len(self.spec.shape) > 1:
+        if len(self.spec.gguf_shape) > 1:
             yield self._identify
         for start, stop in row_slices(self.spec, _SLICE_WEIGHTS):
             yield partial(self._compare, self.grid, start, stop)
@@ -143,13 +143,13 @@ class Tensor(ABC):
         stored = self.info.dtype
         if stored not in _FLOATS:
             return _Found(tensor=self, grid=f"stored as {stored.lower()}")
-        picked = identify.sample(self.spec.n_rows, self.spec.shape[-1])
+        picked = identify.sample(self.spec.gguf_n_rows, self.spec.gguf_shape[-1])
         values = np.concatenate([self.values(row, row + 1) for row in picked])
         return _Found(tensor=self, grid=identify.describe(values, stored))
 
 
 class GgufTensor(Tensor):
-    """A tensor of a GGUF; the file has it in the source's shape."""
+    """A tensor of a GGUF, in whose shape and order the source's values are compared."""
 
     def __init__(self, file: GgufFile, source: Checkpoint, spec: TensorSpec, label: str) -> None:
         kind, grid = file.entries[spec.gguf_name].dtype, None

@@ -65,6 +65,8 @@ def _fact(key: str, value: Any) -> str:
         if key.endswith("_bytes"):
             return format_bytes(amount)
         return f"{amount:,.0f}" if amount == int(amount) else f"{amount:.4g}"
+    if key == "projectors" and isinstance(value, Mapping):
+        return ", ".join(f"{name} ({kind})" for kind, name in value.items())
     return value if isinstance(value, str) else ""
 
 

@@ -25,7 +25,7 @@ _PACKAGE = "xllamacpp"
 _RELEASES = ("2026.10.",)  # what pyproject.toml asks for
 
 # A struct that grew must not make the library write past ours: spare room after the last field that is known.
-_SPARE = 256
+SPARE = 256
 
 
 class ModelParams(ctypes.Structure):
@@ -49,7 +49,7 @@ class ModelParams(ctypes.Structure):
         ("no_host", c_bool),
         ("no_alloc", c_bool),
         ("load_mtp", c_bool),
-        ("spare", c_int8 * _SPARE),
+        ("spare", c_int8 * SPARE),
     ]
 
 
@@ -93,7 +93,7 @@ class ContextParams(ctypes.Structure):
         ("samplers", c_void_p),
         ("n_samplers", c_size_t),
         ("ctx_other", c_void_p),
-        ("spare", c_int8 * _SPARE),
+        ("spare", c_int8 * SPARE),
     ]
 
 
@@ -257,14 +257,9 @@ class Llama:
     def __init__(self, lib: ctypes.CDLL) -> None:
         self.lib = lib
         self.log = Log()
-        for name, (result, arguments) in _PROTOTYPES.items():
-            try:
-                function = getattr(lib, name)
-            except AttributeError:
-                raise _mismatch(f"the function {name} is missing") from None
-            function.restype, function.argtypes = result, arguments
-        _check("llama_model_params", lib.llama_model_default_params(), _MODEL_DEFAULTS)
-        _check("llama_context_params", lib.llama_context_default_params(), _CONTEXT_DEFAULTS)
+        declare(lib, _PROTOTYPES)
+        check("llama_model_params", lib.llama_model_default_params(), _MODEL_DEFAULTS)
+        check("llama_context_params", lib.llama_context_default_params(), _CONTEXT_DEFAULTS)
         lib.llama_log_set(ctypes.cast(self.log.callback, c_void_p), None)
         lib.llama_backend_init()
 
@@ -282,18 +277,29 @@ def load() -> Llama:
             "llama.cpp is not installed", expected=_PACKAGE, hint=f"pip install '{_PACKAGE}>=2026.10,<2026.11'"
         ) from None
     if not version.startswith(_RELEASES):
-        raise _mismatch(f"version {version}")
+        raise mismatch(f"version {version}")
     return Llama(ggml.library())
 
 
-def _check(struct: str, got: ctypes.Structure, expected: dict[str, Any]) -> None:
+def declare(lib: ctypes.CDLL, prototypes: dict[str, tuple[Any, list[Any]]]) -> None:
+    """Sets result and argument types by function name. Raises RuntimeFailed where the library lacks one."""
+    for name, (result, arguments) in prototypes.items():
+        try:
+            function = getattr(lib, name)
+        except AttributeError:
+            raise mismatch(f"the function {name} is missing") from None
+        function.restype, function.argtypes = result, arguments
+
+
+def check(struct: str, got: ctypes.Structure, expected: dict[str, Any]) -> None:
+    """Raises RuntimeFailed where the library's defaults are not the expected ones."""
     for field, value in expected.items():
         found = getattr(got, field)
         if found != value:
-            raise _mismatch(f"{struct}.{field} = {found!r} by default where {value!r} was expected")
+            raise mismatch(f"{struct}.{field} = {found!r} by default where {value!r} was expected")
 
 
-def _mismatch(found: str) -> RuntimeFailed:
+def mismatch(found: str) -> RuntimeFailed:
     return RuntimeFailed(
         "this llama.cpp library is laid out differently from the one lowbit was written for",
         where=_PACKAGE,

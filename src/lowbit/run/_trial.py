@@ -16,21 +16,22 @@ from pathlib import Path
 from lowbit.errors import BadFile
 
 _NO_MMAP = 0  # LLAMA_LOAD_MODE_NONE, which no_alloc needs
-_CHILD = "import sys; from lowbit.run._trial import child; child(sys.argv[1])"
+_CHILD = "import sys; from lowbit.run._trial import {child}; {child}(sys.argv[1])"
 
 
-def check(path: Path) -> None:
+def check(path: Path, *, mmproj: bool = False) -> None:
     """Raises BadFile where llama.cpp dies of the file; that it merely refuses it is left to the real attempt."""
     found = path.stat()
-    _survives(path, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns))
+    identity = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+    _survives(path, identity, _CHILD.format(child="mmproj_child" if mmproj else "child"))
 
 
 @functools.lru_cache(maxsize=256)
-def _survives(path: Path, identity: tuple[int, ...]) -> None:
+def _survives(path: Path, identity: tuple[int, ...], code: str) -> None:
     # Without the variable ggml starts a debugger to print its own stack.
     environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", _CHILD, os.fspath(path)],
+        [sys.executable, "-c", code, os.fspath(path)],
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -59,3 +60,14 @@ def child(path: str) -> None:
     params.load_mode = _NO_MMAP
     if model := lib.llama_model_load_from_file(os.fsencode(path), params):
         lib.llama_model_free(model)
+
+
+def mmproj_child(path: str) -> None:
+    """The same for an mmproj; mtmd has no way to leave the weights out, and its warm-up finds more lies."""
+    from lowbit.run import _mtmd_h
+
+    lib = _mtmd_h.load().lib
+    params = lib.mtmd_context_params_default()
+    params.use_gpu = False
+    if context := lib.mtmd_init_from_file(os.fsencode(path), None, params):
+        lib.mtmd_free(context)

@@ -80,7 +80,7 @@ class LlamaCpp:
         self.path = Path(path)
         self.threads = available_cores() if threads is None else threads
         _check_options(context, ubatch, self.threads, kv_type, flash_attention)
-        _check_file(self.path)
+        check_file(self.path)
         if not trusted:
             _trial.check(self.path)
         self._llama = _llama_h.load()
@@ -418,7 +418,7 @@ def _check_options(context: int, ubatch: int, threads: int, kv_type: str, flash_
             raise BadOption(f"impossible {name}", found=value, expected=f"at least {least}")
 
 
-def _check_file(path: Path) -> None:
+def check_file(path: Path) -> None:
     """Says plainly what llama.cpp would only log."""
     try:
         with open(path, "rb") as handle:

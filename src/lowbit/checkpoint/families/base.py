@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ import numpy as np
 from gguf.constants import GGUFValueType
 
 from lowbit.checkpoint.gguf_file import Field
-from lowbit.checkpoint.tensor_file import n_rows
+from lowbit.checkpoint.tensor_file import n_rows, pick_rows
 from lowbit.errors import BadConfig, BadFile, Unsupported
 
 # Keys that every transformers config may carry and that change nothing about the numbers of a plain forward pass.
@@ -28,6 +28,8 @@ HARMLESS_KEYS = frozenset({
     "torchscript", "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache",
 })  # fmt: skip
 _MAX_SIZE = 1 << 31
+
+ReadRows = Callable[[int, int], np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,29 @@ class TensorSpec:
         """The inverse of ``gguf_rows``."""
         rows = self.gguf_rows()
         return None if rows is None else np.argsort(rows)
+
+    @property
+    def gguf_shape(self) -> tuple[int, ...]:
+        """Row-major, as GGUF stores it."""
+        return self.shape
+
+    @property
+    def same_values(self) -> bool:
+        """Whether GGUF's values are Hugging Face's, in whatever order."""
+        return not self.gguf_offset
+
+    @property
+    def gguf_n_rows(self) -> int:
+        """Rows of GGUF's tensor seen as (rows, n); 1 of a vector."""
+        return n_rows(self.gguf_shape)
+
+    def gguf_values(self, read: ReadRows, start: int, stop: int) -> np.ndarray:
+        """Rows ``start`` to ``stop`` of GGUF's tensor seen as (rows, n): float32 (stop - start, n). ``read``: from
+        (first, last) to these rows of Hugging Face's, float32 of the caller's own."""
+        values = pick_rows(self.gguf_rows(), start, stop, read, of_vector=len(self.shape) == 1)
+        if self.gguf_offset:
+            values += np.float32(self.gguf_offset)
+        return values
 
 
 def decoder_tensors(
@@ -113,6 +138,7 @@ class Family(ABC):
 
     name: ClassVar[str]
     arch: ClassVar[str]  # GGUF's general.architecture
+    gguf_type: ClassVar[str] = "model"  # GGUF's general.type; a 'model' has a tokenizer
     model_types: ClassVar[tuple[str, ...]]
     architectures: ClassVar[tuple[str, ...]]
     spm_model: ClassVar[str] = "llama"  # tokenizer.ggml.model of a tokenizer with byte fallback
