@@ -192,6 +192,30 @@ def test_naive_packing_under_it_is_ggmls(model: Path, collected: Path, tmp_path:
     }
 
 
+def test_experts_of_a_gemma_4_are_rounded_under_their_own_inputs(
+    tiny_gemma4_moe: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    """Collected through llama.cpp, packed, and every expert's bytes as another build of ggml makes them alone."""
+    folder = tiny_gemma4_moe()
+    found = lowbit.imatrix(folder, tmp_path / "im.gguf", text, chunks=2, context_size=CHUNK, threads=1)
+    lowbit.pack(folder, "f32", tmp_path / "f32.gguf")
+    lowbit.pack(folder, "q4_0", tmp_path / "a.gguf", naive=True, imatrix=tmp_path / "im.gguf")
+    with open_checkpoint(folder) as checkpoint:
+        shapes = {s.gguf_name: s.shape for s in checkpoint.specs.values() if len(s.shape) == 3}
+    packed, values = GgufFile(tmp_path / "a.gguf"), GgufFile(tmp_path / "f32.gguf")
+    assert len(shapes) == 4
+    for name, shape in shapes.items():
+        assert found.entries[name].counts.sum() == 2 * CHUNK * 2  # each token is sent to two
+        assert packed.entries[name].dtype == "Q4_0"
+        importance = found.importance(name)
+        assert importance is not None
+        assert len(importance) == shape[0] == len(found.entries[name].counts)
+        raw = packed.raw(name).reshape(shape[0], -1)
+        for expert, x in enumerate(values.raw(name).view(np.float32).reshape(shape)):
+            wanted = libgguf.quantize_rows(x, grids.get("q4_0").ggml_type, imatrix=importance[expert])
+            assert (raw[expert] == wanted.reshape(-1)).all()
+
+
 def test_packing_under_it_leaves_less_weighted_error(model: Path, collected: Path, tmp_path: Path) -> None:
     paths = {name: tmp_path / f"{name}.gguf" for name in ("naive", "ours", "again")}
     types = lowbit.pack(model, "q4_0", paths["naive"], naive=True, imatrix=collected).types
