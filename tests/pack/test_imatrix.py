@@ -134,6 +134,10 @@ def test_combined_files_are_one_longer_run(sample: Imatrix, tmp_path: Path) -> N
                     datasets=(), chunk_count=0, chunk_size=512)  # fmt: skip
     with pytest.raises(BadFile, match=r"b: blk.0.attn_q.weight: of another size"):
         imatrix.combine([sample, other], name="c", chunk_size=512)
+    huge = Imatrix(name="h", entries={DENSE: Entry(np.full((1, 8), 3e38, np.float32), np.array([1]))},
+                   datasets=(), chunk_count=0, chunk_size=0)  # fmt: skip
+    with pytest.raises(BadFile, match=r"h: blk.0.attn_q.weight: the sums are not all numbers"):
+        imatrix.combine([huge], name="c", chunk_size=512)
 
 
 def test_a_model_of_other_sizes_or_layers_is_refused(tiny_llama: Any) -> None:

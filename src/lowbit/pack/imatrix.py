@@ -152,7 +152,7 @@ def write(imatrix: Imatrix, path: str | Path, *, format: str = "gguf") -> None:
 def combine(parts: Iterable[Imatrix], *, name: str, chunk_size: int) -> Imatrix:
     """All of them as if computed in one run with chunks of ``chunk_size`` tokens, which .dat files are taken to have.
 
-    Raises BadFile where they are of models of different sizes.
+    Raises BadFile where they are of models of different sizes, or too large to add.
     """
     entries: dict[str, Entry] = {}
     datasets: tuple[str, ...] = ()
@@ -160,17 +160,19 @@ def combine(parts: Iterable[Imatrix], *, name: str, chunk_size: int) -> Imatrix:
         datasets += part.datasets
         factor = 1 if part.chunk_size else chunk_size
         for weight, entry in part.entries.items():
-            sums, counts = entry.sums * np.float32(factor), entry.counts * factor
+            with np.errstate(over="ignore"):  # _checked refuses what is too large
+                sums, counts = entry.sums * np.float32(factor), entry.counts * factor
             earlier = entries.get(weight, Entry(np.zeros_like(sums), np.zeros_like(counts)))
             n_mat = max(len(counts), len(earlier.counts))
             if earlier.sums.size != sums.size or min(len(counts), len(earlier.counts)) not in (1, n_mat):
                 found, expected = sums.shape, earlier.sums.shape
                 raise BadFile("of another size than in the files before", where=f"{part.name}: {weight}",
                               found=found, expected=expected, hint="Combine files of one model")  # fmt: skip
-            both = earlier.sums.reshape(n_mat, -1) + sums.reshape(n_mat, -1)
-            entries[weight] = Entry(both, np.broadcast_to(earlier.counts + counts, n_mat).copy())
+            with np.errstate(over="ignore"):
+                both = earlier.sums.reshape(n_mat, -1) + sums.reshape(n_mat, -1)
+            entries[weight] = _checked(f"{part.name}: {weight}", both, np.broadcast_to(earlier.counts + counts, n_mat))
     most = max((int(entry.counts.max()) for entry in entries.values()), default=0)
-    count = most // chunk_size
+    count = min(most // chunk_size, 2**31 - 1)  # what the files have room for
     return Imatrix(name=name, entries=entries, datasets=datasets, chunk_count=count, chunk_size=chunk_size)
 
 
