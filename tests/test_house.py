@@ -15,7 +15,7 @@ from lowbit.cli import VERBS
 SOURCE = Path(lowbit.__file__).parent
 # Each line may import itself and the lines above it.
 ORDER = (
-    ("errors", "units", "files", "console", "threads", "verbs"),
+    ("errors", "units", "files", "console", "threads", "texts", "verbs"),
     ("grid",),
     ("ggml",),
     ("checkpoint",),
@@ -24,6 +24,7 @@ ORDER = (
     ("train",),
     ("calibrate", "pack"),
     ("measure",),
+    ("imatrix",),
     ("inspect",),
     ("report",),
     ("ship",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import pytest
@@ -121,8 +122,83 @@ def test_rows_that_are_not_whole_blocks_name_the_tensor() -> None:
     assert recipe.get("f16").assign_specs([Spec("down", "ffn_down", (64, 48))]) == {"down": "f16"}
 
 
+FALLBACK = [("q4_k", "q5_0"), ("q5_k", "q5_1"), ("q6_k", "q8_0"), ("iq4_nl", "iq4_nl")]
+
+
+@pytest.mark.parametrize(("name", "fallback"), FALLBACK)
+def test_rows_that_are_not_blocks_of_256_fall_back_as_in_llama_quantize(name: str, fallback: str) -> None:
+    assigned = recipe.get(name).assign_specs(_model(row=576, tied=False))
+    assert assigned == {
+        "embed": fallback, "q": fallback, "down": name, "q.bias": "f32", "norm": "f32", "head": "q8_0",
+    }  # fmt: skip
+    with pytest.raises(Unsupported, match="rows of 48"):
+        recipe.get(name).assign_specs([Spec("down", "ffn_down", (64, 48))])
+
+
+def _layers(n: int, *, experts: int = 0, query_rows: int = 512, dense_too: bool = False) -> list[Spec]:
+    specs = [Spec("embed", "embedding", (1000, 512))]
+    for i in range(n):
+        shapes = {"attn_q": (query_rows, 512), "attn_k": (256, 512), "attn_v": (256, 512), "attn_o": (512, 512)}
+        shapes |= {"ffn_up": (768, 512), "ffn_down": (512, 768)} if not experts or dense_too else {}
+        shapes |= {"experts_down": (experts, 512, 256)} if experts else {}
+        specs += [Spec(f"model.layers.{i}.{role}", role, shape) for role, shape in shapes.items()]
+    return specs
+
+
+def _on(assigned: dict[str, str], role: str) -> list[str]:
+    return [grid for name, grid in assigned.items() if name.endswith(f".{role}")]
+
+
+def test_q4_k_m_gives_values_and_down_projections_of_some_layers_more_bits() -> None:
+    """use_more_bits of llama-quant.cpp by hand: of 16 layers the first 2, the last 2, and every third between."""
+    assigned = recipe.get("q4_k_m").assign_specs(_layers(16))
+    more = {0, 1, 4, 7, 10, 13, 14, 15}
+    for role in ("attn_v", "ffn_down"):
+        assert _on(assigned, role) == ["q6_k" if i in more else "q4_k" for i in range(16)]
+    assert {*_on(assigned, "attn_q"), *_on(assigned, "attn_k"), *_on(assigned, "attn_o"), *_on(assigned, "ffn_up")} == {
+        "q4_k"
+    }
+    assert assigned["embed"] == "q6_k"
+
+
+def test_q4_k_m_of_a_model_whose_layers_lack_values_counts_the_values_there_are() -> None:
+    specs = [s for s in _layers(16) if s.role != "attn_v" or int(s.name.split(".")[2]) % 2]
+    assigned = recipe.get("q4_k_m").assign_specs(specs)
+    assert _on(assigned, "attn_v") == ["q6_k" if i in {0, 3, 6, 7} else "q4_k" for i in range(8)]
+
+
+@pytest.mark.parametrize("experts", [4, 8])
+def test_q4_k_m_of_experts(experts: int) -> None:
+    """Eight of them, as Mixtral has, give attention more bits; both kinds of down projection go by the layer."""
+    assigned = recipe.get("q4_k_m").assign_specs(_layers(8, experts=experts, dense_too=True))
+    more = ["q6_k" if i in {0, 3, 6, 7} else "q4_k" for i in range(8)]
+    assert _on(assigned, "experts_down") == more
+    assert _on(assigned, "ffn_down") == more  # their rows are 768 long
+    eight = experts == 8
+    assert _on(assigned, "attn_v") == (["q8_0"] * 8 if eight else more)
+    assert set(_on(assigned, "attn_k")) == {"q8_0" if eight else "q4_k"}
+    assert set(_on(assigned, "attn_o")) == {"q5_k" if eight else "q4_k"}
+
+
+@pytest.mark.parametrize(("rows", "grid"), [(512, "q5_k"), (256, "q4_k")])
+def test_q4_k_m_of_80_layers_with_grouped_queries(rows: int, grid: str) -> None:
+    values = _on(recipe.get("q4_k_m").assign_specs(_layers(80, query_rows=rows)), "attn_v")
+    assert set(values) == {"q6_k", grid}
+
+
+def test_q4_k_m_of_the_real_model_as_llama_quantize_makes_it(packaged_gguf) -> None:
+    """Counted in a file that llama-quantize made: 576 columns fall back, 1536 do not."""
+    with open_checkpoint(packaged_gguf("smollm2-135m")) as checkpoint:
+        assigned = recipe.get("q4_k_m").assign(checkpoint)
+    more = {0, 1, 2, *range(5, 26, 3), 26, 27, 28, 29}
+    assert Counter(assigned.values()) == {"q5_0": 166, "f32": 61, "q4_k": 16, "q8_0": 15, "q6_k": 14}
+    for i in range(30):
+        assert assigned[f"model.layers.{i}.mlp.down_proj.weight"] == ("q6_k" if i in more else "q4_k")
+        assert assigned[f"model.layers.{i}.self_attn.v_proj.weight"] == ("q8_0" if i in more else "q5_0")
+
+
 def test_an_unknown_recipe_lists_the_names() -> None:
-    with pytest.raises(BadOption, match="'q5'; expected one of q4_0, q4_1, q5_0, q5_1, q8_0, f16, bf16, f32"):
+    with pytest.raises(BadOption, match=r"'q5'; expected one of q4_0, .*, q4_k, .*, q4_k_m, f16, bf16, f32"):
         recipe.get("q5")
 
 

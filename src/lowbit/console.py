@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from lowbit.units import format_duration
+
 _quiet = False
 
 
@@ -36,15 +38,17 @@ _LINE_EVERY = 30.0  # seconds, where there is no terminal to draw a bar on
 class Progress:
     """A bar with a description, a fraction and free text (loss, time left)."""
 
-    def __init__(self, bar: Any = None, task: Any = None, unit: str = "") -> None:
-        self._bar, self._task, self._unit = bar, task, unit
+    def __init__(self, bar: Any = None, task: Any = None, total: float = 0.0, unit: str = "") -> None:
+        self._bar, self._task, self._total, self._unit = bar, task, total, unit
         self._done, self._begun = 0.0, time.monotonic()
 
     def advance(self, amount: float) -> None:
-        """Adds to the completed amount, and notes how many million units a second that makes."""
+        """Adds to the completed amount; the note is the rate and the time left."""
         self._done += amount
-        rate = self._done / max(1e-9, time.monotonic() - self._begun) / 1e6
-        self.update(self._done, f"{rate:.0f} million {self._unit} a second")
+        rate = max(1e-9, self._done) / max(1e-9, time.monotonic() - self._begun)
+        said = f"{rate / 1e6:.0f} million" if rate >= 1e6 else f"{rate:.3g}"
+        left = format_duration(max(0.0, self._total - self._done) / rate)
+        self.update(self._done, f"{said} {self._unit} a second, {left} left")
 
     def update(self, completed: float, note: str | None = None) -> None:
         """Sets the completed amount (same unit as the total) and, if given, the note after the bar."""
@@ -57,8 +61,8 @@ class _Lines(Progress):
     """The same as lines in a log, one now and then."""
 
     def __init__(self, description: str, total: float, unit: str) -> None:
-        super().__init__(unit=unit)
-        self._description, self._total, self._last = description, total, time.monotonic()
+        super().__init__(total=total, unit=unit)
+        self._description, self._last = description, time.monotonic()
 
     def update(self, completed: float, note: str | None = None) -> None:
         if time.monotonic() - self._last >= _LINE_EVERY:
@@ -68,7 +72,7 @@ class _Lines(Progress):
 
 
 @contextlib.contextmanager
-def progress(description: str, total: float, unit: str = "") -> Iterator[Progress]:
+def progress(description: str, total: float, unit: str = "steps") -> Iterator[Progress]:
     """A progress bar on standard error: live on a terminal; elsewhere a line at the start and one every half minute.
 
     unit: of ``total``, for ``advance``.
@@ -92,4 +96,4 @@ def progress(description: str, total: float, unit: str = "") -> Iterator[Progres
         TextColumn("{task.fields[note]}"),
     )
     with RichProgress(*columns, console=Console(stderr=True), transient=False) as bar:
-        yield Progress(bar, bar.add_task(description, total=total, note=""), unit)
+        yield Progress(bar, bar.add_task(description, total=total, note=""), total, unit)

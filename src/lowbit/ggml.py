@@ -36,6 +36,7 @@ def library() -> ctypes.CDLL:
     i64, type_, void = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
     try:
         _declare(lib.ggml_quantize_chunk, ctypes.c_size_t, type_, void, void, i64, i64, i64, void)
+        _declare(lib.ggml_validate_row_data, ctypes.c_bool, type_, void, ctypes.c_size_t)
         _declare(lib.ggml_type_size, ctypes.c_size_t, type_)
         _declare(lib.ggml_blck_size, i64, type_)
         _declare(lib.ggml_row_size, ctypes.c_size_t, type_, i64)
@@ -80,6 +81,8 @@ def quantize(
         written = lib.ggml_quantize_chunk(ggml_type, x.ctypes.data, raw.ctypes.data, 0, rows, n, weights)
         if written != raw.size:
             raise Unsupported("ggml cannot quantize to this type", found=type_name(ggml_type))
+    if weights is not None and not lib.ggml_validate_row_data(ggml_type, raw.ctypes.data, raw.size):
+        raise BadFile("ggml makes NaN or Inf of these weights under this importance", found=type_name(ggml_type))
     return raw
 
 

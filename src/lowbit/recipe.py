@@ -5,7 +5,8 @@ Source: llama_tensor_get_type in llama.cpp (src/llama-quant.cpp), without an imp
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,9 +14,12 @@ from lowbit import grid as grids
 from lowbit.errors import BadOption, Unsupported
 
 _NAMES = (
-    "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "f16", "bf16", "f32",
+    "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "q4_k", "q5_k", "q6_k", "q4_k_m", "f16", "bf16", "f32",
     "mlx_affine4_g32", "mlx_affine4_g64", "mlx_affine8_g32", "mlx_affine8_g64", "int4_g32", "int4_g128",
 )  # fmt: skip
+_MIXED = {"q4_k_m": "q4_k"}  # what most of a mix is
+_MIXED_ROLES = ("attn_q", "attn_k", "attn_v", "attn_o", "ffn_down", "experts_down")
+_FALLBACK = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}  # for rows that are not whole blocks of 256
 _HEADS = ("embedding", "per_layer_embedding")  # of a model without an output head of its own
 _FLOATS = {"BF16": "bf16", "F16": "f16"}
 
@@ -41,11 +45,12 @@ class _Checkpoint(Protocol):
 class Recipe:
     """A named rule from tensors to grids.
 
-    weights: the grid of every matrix. The output head (or the embedding that serves as one, and the per-layer embedding
-    with it) of a recipe below 8 bits is Q6_K where its rows are whole Q6_K blocks, else Q8_0; for MLX it has 8 bits in
-    the same groups. int4 recipes leave embeddings and head unquantized (F32). Vectors (norms, biases) and the router of
-    experts stay F32. The projection that makes the inputs of all layers is not quantized: it keeps the source's BF16 or
-    F16, or is F32.
+    weights: the grid of every matrix, of most in a mix. Rows that are not whole blocks of 256 are on Q5_0 instead of
+    Q4_K, on Q5_1 instead of Q5_K, on Q8_0 instead of Q6_K. The output head (or the embedding that serves as one, and
+    the per-layer embedding with it) of a recipe below 8 bits is Q6_K where its rows are whole Q6_K blocks, else Q8_0;
+    for MLX it has 8 bits in the same groups. int4 recipes leave embeddings and head unquantized (F32). Vectors (norms,
+    biases) and the router of experts stay F32. The projection that makes the inputs of all layers is not quantized: it
+    keeps the source's BF16 or F16, or is F32.
     """
 
     name: str
@@ -59,22 +64,28 @@ class Recipe:
         """The same from all tensors of a model; the embedding is the head where none has the role 'output'."""
         tensors = tuple(tensors)
         heads = ("output",) if any(tensor.role == "output" for tensor in tensors) else _HEADS
-        return {tensor.name: self._grid_of(tensor, is_head=tensor.role in heads) for tensor in tensors}
+        more = _q4_k_m(tensors) if self.name == "q4_k_m" else {}
+        return {
+            tensor.name: self._grid_of(tensor, more.get(tensor.name, self.weights), is_head=tensor.role in heads)
+            for tensor in tensors
+        }
 
     def trained(self, checkpoint: _Checkpoint) -> tuple[str, ...]:
         """The tensors that quantization-aware training trains: those on a grid below 8 bits with trainable scales."""
         return tuple(name for name, grid in self.assign(checkpoint).items() if _is_trainable(grids.get(grid)))
 
-    def _grid_of(self, info: _Tensor, *, is_head: bool) -> str:
+    def _grid_of(self, info: _Tensor, weights: str, *, is_head: bool) -> str:
         if len(info.shape) < 2 or info.role == "router":
             return "f32"
         if self.weights.startswith("int4_") and info.role in ("output", *_HEADS):
             return "f32"
         if info.role == "per_layer_model_proj" and grids.get(self.weights).bits_per_weight < 16:
             return _FLOATS.get(getattr(info, "dtype", ""), "f32")  # a TensorSpec has no dtype
-        grid, row = grids.get(self.weights), info.shape[-1]
+        grid, row = grids.get(weights), info.shape[-1]
         if is_head and grid.bits_per_weight < 8:
             grid = _head_grid(grid.name, row)
+        elif row % grid.block_size and weights in _FALLBACK:
+            grid = grids.get(_FALLBACK[weights])
         if row % grid.block_size:
             raise Unsupported(
                 f"the rows are not whole {grid.name} blocks",
@@ -90,12 +101,43 @@ def get(name: str) -> Recipe:
     """The recipe of that name ('q4_0'). Raises BadOption, which lists the names, for another."""
     if name not in _NAMES:
         raise BadOption("no such recipe", found=repr(name), expected="one of " + ", ".join(_NAMES))
-    return Recipe(name=name, weights=name)
+    return Recipe(name=name, weights=_MIXED.get(name, name))
 
 
 def names() -> tuple[str, ...]:
     """Every recipe's name."""
     return _NAMES
+
+
+def _q4_k_m(tensors: Sequence[_Tensor]) -> dict[str, str]:
+    """The grids of those matrices that the mix Q4_K_M does not put on Q4_K, but for the head."""
+    layers = {tensor.name: int(match[1]) for tensor in tensors if (match := re.search(r"layers\.(\d+)\.", tensor.name))}
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    ordered = sorted((t for t in tensors if t.name in layers), key=lambda t: layers[t.name])
+    names = {role: [t.name for t in ordered if t.role == role] for role in _MIXED_ROLES}
+    n_layers = 1 + max(layers.values(), default=0)
+    n_experts = max((shape[0] for shape in shapes.values() if len(shape) == 3), default=1)
+    values, found = names["attn_v"], dict[str, str]()
+    for i, name in enumerate(values):
+        if _takes_more_bits(i, len(values)):
+            found[name] = "q6_k"
+        elif n_layers == 80 and _groups_queries(shapes, names["attn_q"][:1] + values[:1]):
+            found[name] = "q5_k"  # in the 70B models eight heads share these weights, so that more bits cost little
+    if n_experts == 8:
+        found |= dict.fromkeys(names["attn_v"] + names["attn_k"], "q8_0") | dict.fromkeys(names["attn_o"], "q5_k")
+    # With experts the layer's number counts, without them the place among the tensors of this kind.
+    down = [(layers[name] if n_experts > 1 else i, name) for i, name in enumerate(names["ffn_down"])]
+    down += [(layers[name], name) for name in names["experts_down"]]
+    return found | {name: "q6_k" for i, name in down if _takes_more_bits(i, n_layers)}
+
+
+def _groups_queries(shapes: Mapping[str, tuple[int, ...]], query_and_value: Sequence[str]) -> bool:
+    return len({shapes[name][0] for name in query_and_value}) > 1
+
+
+def _takes_more_bits(i: int, n: int) -> bool:
+    """The first and the last eighth of the layers, and every third between: use_more_bits of llama-quant.cpp."""
+    return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
 
 
 def _head_grid(weights: str, row: int) -> grids.Grid:

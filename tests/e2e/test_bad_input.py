@@ -25,6 +25,8 @@ import pytest
 import lowbit
 from lowbit import console
 from lowbit.cli import main
+from lowbit.pack.imatrix import Entry, Imatrix
+from lowbit.pack.imatrix import write as write_imatrix
 
 VERBS = ("inspect", "pack", "measure", "train", "ship")
 READERS = ("pack", "measure", "train", "ship")  # inspect shows what it cannot use, and says so under "problem"
@@ -700,6 +702,19 @@ def test_an_earlier_file_survives_a_full_disk(good: Materials, call: Callable[[l
         ([*measure, "--chunk", "1"], "impossible chunk; found 1; expected at least 4"),
         ([*measure, "--chunk", "many"], "--chunk: found 'many'"),
         ([*measure, "--threads", "0"], "--threads: found '0'"),
+        (["imatrix", "{gguf}", "-f", "{text}"], "-o/--out"),
+        ([*(collect := ["imatrix", "{gguf}", "-f", "{text}", "-o", "{out}"]), "--chunks", "0"], "--chunks: found '0'"),
+        ([*collect, "-c", "4"], "impossible context_size; found 4; expected at least 16"),
+        ([*collect, "-c", "2048"], "the text is too short"),
+        ([*collect, "--output-format", "csv"], "no such format of an imatrix; found 'csv'; expected one of gguf, dat"),
+        ([*collect, "--in-file", "{text}"], "text.txt: neither a GGUF nor a .dat importance matrix"),
+        (["imatrix", "{gguf}", "-f", "{gguf}", "-o", "{out}"], "this is a binary file"),
+        (["imatrix", "{text}", "-f", "{text}", "-o", "{out}"], "not a GGUF file"),
+        ([*(pack := ["pack", "{model}", "-o", "{out}"]), "--imatrix", "{out}.none"], "no such file"),
+        ([*pack, "--imatrix", "{text}"], "text.txt: neither a GGUF nor a .dat importance matrix"),
+        ([*pack, "--imatrix", "{gguf}", "--calibration", "{gguf}"], "a calibration holds what an imatrix does"),
+        ([*pack, "--imatrix", "{gguf}"], "this GGUF is not an importance matrix; found general.type model"),
+        (["pack", "--verify", "{gguf}", "--source", "{model}", "--imatrix", "{gguf}"], "--verify writes nothing"),
         ([*measure, "--kv-type", "q9"], "unknown KV cache type; found q9; expected f32, f16"),
     ],
 )  # fmt: skip
@@ -707,6 +722,19 @@ def test_bad_words(good: Materials, call: Callable[[list[str]], Done], words: li
     names = {"model": good.folder, "gguf": good.gguf, "text": good.text, "out": good.place / "out"}
     check_line(call(["--quiet", *(word.format(**names) for word in words)]), says)
     assert snapshot(good.place) == {}
+
+
+def test_an_imatrix_of_another_model(good: Materials, call: Callable[[list[str]], Done]) -> None:
+    shapes = {"blk.0.attn_q.weight": 64, "blk.0.ffn_down.weight": 96}
+    entries = {name: Entry(np.ones((1, n), np.float32), np.array([1])) for name, n in shapes.items()}
+    other = Imatrix(name="", entries=entries, datasets=(), chunk_count=1, chunk_size=512)
+    path = good.text.with_name("im.gguf")
+    write_imatrix(other, path)
+    says = ("im.gguf: blk.0.ffn_down.weight", "found 96 values", "expected 160", "lowbit imatrix makes one")
+    refused(good, call, "pack", good.words("pack", good.folder, "--imatrix", path), *says)
+    del entries["blk.0.ffn_down.weight"]
+    write_imatrix(other, path)
+    check_line(call(good.words("pack", good.folder, "--imatrix", path)), "im.gguf: nothing of layer 1")
 
 
 # In a process of its own: what the shell sees

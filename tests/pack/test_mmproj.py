@@ -177,6 +177,7 @@ def test_recipes_without_kernels_are_refused(tiny_towers: Make, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
+        ({"imatrix": "x.gguf"}, "packed by a recipe; found imatrix"),
         ({"calibration": "x.safetensors"}, "packed by a recipe; found calibration"),
         ({"bits": 4.5}, "packed by a recipe; found bits"),
         ({"size": 1 << 20}, "packed by a recipe; found size"),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy_llama import numpy_llama
 from tiny_gguf import write_tiny
 
 from lowbit.errors import BadFile, BadOption, BadText, NotFound, RuntimeFailed
@@ -242,40 +243,3 @@ def test_the_real_model_speaks(smollm2: Path) -> None:
         assert model.metadata["general.architecture"] == "llama"
         assert "Paris" in model.detokenize(list(model.generate(model.tokenize("The capital of France is"), 6)))
         assert "4" in "".join(model.chat([{"role": "user", "content": "What is 2+2?"}], 24))
-
-
-def numpy_llama(path: Path, ids: np.ndarray) -> np.ndarray:
-    """Logits, (n, n_vocab), of the F32 llama in a GGUF file: float64, no cache, tied output."""
-    import gguf
-
-    reader = gguf.GGUFReader(path)
-    w = {t.name: np.array(t.data, np.float64) for t in reader.tensors}
-    heads = int(reader.fields["llama.attention.head_count"].contents())
-    layers = int(reader.fields["llama.block_count"].contents())
-    x = w["token_embd.weight"][ids]  # (n, width)
-    n, width = x.shape
-    d = width // heads
-
-    def norm(h: np.ndarray) -> np.ndarray:
-        return h / np.sqrt((h**2).mean(-1, keepdims=True) + 1e-5)
-
-    def rope(h: np.ndarray) -> np.ndarray:  # (n, k, d), neighbouring pairs rotate together
-        angle = np.arange(n)[:, None] * 10000.0 ** (-np.arange(0, d, 2) / d)
-        even, odd = h[..., ::2], h[..., 1::2]
-        cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
-        return np.stack([even * cos - odd * sin, even * sin + odd * cos], -1).reshape(h.shape)
-
-    mask = np.triu(np.full((n, n), -np.inf), 1)
-    for i in range(layers):
-        h = norm(x)
-        q = rope((h @ w[f"blk.{i}.attn_q.weight"].T).reshape(n, heads, d))
-        k = rope((h @ w[f"blk.{i}.attn_k.weight"].T).reshape(n, 1, d))[:, 0]
-        v = h @ w[f"blk.{i}.attn_v.weight"].T
-        scores = np.einsum("qhd,kd->hqk", q, k) / np.sqrt(d) + mask
-        p = np.exp(scores - scores.max(-1, keepdims=True))
-        p /= p.sum(-1, keepdims=True)
-        x = x + np.einsum("hqk,kd->qhd", p, v).reshape(n, width) @ w[f"blk.{i}.attn_output.weight"].T
-        h = norm(x)
-        gate = h @ w[f"blk.{i}.ffn_gate.weight"].T
-        x = x + (gate / (1 + np.exp(-gate)) * (h @ w[f"blk.{i}.ffn_up.weight"].T)) @ w[f"blk.{i}.ffn_down.weight"].T
-    return norm(x) @ w["token_embd.weight"].T

@@ -32,8 +32,10 @@ def write_tiny(
     template: str | None = TEMPLATE,
     width: int = 64,
     layers: int = 2,
+    experts: int = 0,
 ) -> Path:
-    """A llama of random weights; ``noise`` is added to the same weights, for a worse copy of the same model."""
+    """A llama of random weights, with ``experts`` a mixture of which each token is sent to two; ``noise`` is added
+    to the same weights, for a worse copy of the same model."""
     heads, ffn = 2, 2 * width
     tokens = [*SPECIALS, *byte_letters(), *("".join(m.split()) for m in merges)]
     tokens += [f"<unused{i}>" for i in range(extra_tokens)]
@@ -48,6 +50,9 @@ def write_tiny(
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(width // heads)
     writer.add_vocab_size(len(tokens))
+    if experts:
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(2)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
@@ -72,6 +77,12 @@ def write_tiny(
         add(f"blk.{i}.attn_k.weight", width // heads, width, scale=width**-0.5)
         add(f"blk.{i}.attn_v.weight", width // heads, width, scale=width**-0.5)
         add(f"blk.{i}.attn_output.weight", width, width, scale=width**-0.5)
+        if experts:
+            add(f"blk.{i}.ffn_gate_inp.weight", experts, width, scale=width**-0.5)
+            add(f"blk.{i}.ffn_gate_exps.weight", experts, ffn, width, scale=width**-0.5)
+            add(f"blk.{i}.ffn_up_exps.weight", experts, ffn, width, scale=width**-0.5)
+            add(f"blk.{i}.ffn_down_exps.weight", experts, width, ffn, scale=ffn**-0.5)
+            continue
         add(f"blk.{i}.ffn_gate.weight", ffn, width, scale=width**-0.5)
         add(f"blk.{i}.ffn_up.weight", ffn, width, scale=width**-0.5)
         add(f"blk.{i}.ffn_down.weight", width, ffn, scale=ffn**-0.5)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from lowbit import texts
 from lowbit.errors import BadText, LowbitError, NotFound, Unsupported
 from lowbit.train import data
 
@@ -231,18 +232,18 @@ def test_what_stands_behind_the_limit_does_no_harm(tokenizer: Any, tmp_path: Pat
 
 def test_any_prefix_of_the_bundled_text_holds_all_of_it(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     each: list[np.ndarray] = []
-    texts: list[str] = []
+    packed: list[str] = []
 
     def pack(tokenizer: Any, documents: list[str], length: int) -> np.ndarray:
-        texts.extend(documents)
+        packed.extend(documents)
         each.append(pack_sequences(tokenizer, documents, length))
         return each[-1]
 
     pack_sequences = data.pack_sequences
     monkeypatch.setattr(data, "pack_sequences", pack)
     got = data.bundled_sequences(tokenizer, 4096)
-    raws = [resources.files("lowbit").joinpath("data", name).read_bytes() for name, _, _ in data.BUNDLED]
-    assert texts == [lzma.decompress(raw).decode("utf-8") for raw in raws]
+    raws = [resources.files("lowbit").joinpath("data", name).read_bytes() for name, _, _ in texts.BUNDLED]
+    assert packed == [lzma.decompress(raw).decode("utf-8") for raw in raws]
     source_of = {row.tobytes(): i for i, rows in enumerate(each) for row in rows}
     sources = [source_of[row.tobytes()] for row in got]
     assert got.dtype == np.int32

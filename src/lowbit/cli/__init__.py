@@ -24,6 +24,7 @@ VERBS = {
     "train": "quantization-aware training by distillation, on the exact grid of the target format",
     "pack": "write a checkpoint as GGUF, a tensor at a time",
     "calibrate": "measure what each weight does to the output, for pack --calibration",
+    "imatrix": "what matters to a model: an importance matrix, collected in llama.cpp",
     "inspect": "what is this file: architecture, tensors, types, bits per weight",
     "measure": "fidelity, speed and memory of packed files in llama.cpp, with intervals",
     "report": "make a run folder's report again and print it",

@@ -16,7 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help="a checkpoint folder, or any MODEL")
     parser.add_argument(
         "--recipe",
-        help="type of the matrices: q4_0 (GGUF's default), q4_1, q5_0, q5_1, q8_0; mlx_affine4_g32 (MLX's default), "
+        help="type of the matrices: q4_0 (GGUF's default), q4_1, q5_0, q5_1, q8_0, iq4_nl, q4_k, q5_k, "
+        "q6_k; q4_k_m, llama-quantize's mix; mlx_affine4_g32 (MLX's default), "
         "mlx_affine4_g64, mlx_affine8_g32, mlx_affine8_g64; int4_g32 (compressed-tensors' default), int4_g128; "
         "f16, bf16, f32; with --mmproj f16 (default), bf16, f32, q8_0",
     )
@@ -42,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--naive",
         action="store_true",
         help="round all anew as llama.cpp's quantize (or MLX, or compressed-tensors) does, stored codes or not",
+    )
+    parser.add_argument(
+        "--imatrix", metavar="FILE", help="round under this importance matrix, of `lowbit imatrix` or llama-imatrix"
     )
     parser.add_argument("--calibration", metavar="FILE", help="round by what `lowbit calibrate` measured of this model")
     budget = parser.add_mutually_exclusive_group()
@@ -85,7 +89,7 @@ def _check(args: argparse.Namespace) -> None:
         missing = {"--source": args.source}
         others = {
             "CHECKPOINT": args.checkpoint, "--out": args.out, "--to": args.to, "--recipe": args.recipe,
-            "--calibration": args.calibration, "--bits": args.bits, "--size": args.size,
+            "--imatrix": args.imatrix, "--calibration": args.calibration, "--bits": args.bits, "--size": args.size,
         }  # fmt: skip
         given = [name for name, value in others.items() if value is not None]
         given += ["--naive"] * args.naive + ["--mmproj"] * args.mmproj
@@ -110,6 +114,7 @@ def _pack(args: argparse.Namespace) -> int:
             args.out,
             to=args.to,
             naive=args.naive,
+            imatrix=args.imatrix,
             certificate=True,
             calibration=args.calibration,
             bits=args.bits,

@@ -18,16 +18,19 @@ from lowbit.checkpoint.projector import ProjectorCheckpoint, open_projector
 from lowbit.errors import BadOption
 from lowbit.pack import certificate as certificates
 from lowbit.pack import containers, gguf_container, mix, mmproj_types
+from lowbit.pack import imatrix as imatrices
 from lowbit.pack.calibration import Calibration
 from lowbit.pack.certificate import Certificate, verify
 from lowbit.pack.containers import Container
 from lowbit.pack.guide import Guide
+from lowbit.pack.imatrix import Imatrix
 from lowbit.pack.mix import Mix
 from lowbit.pack.proof import TensorProof
+from lowbit.pack.weighted import Weighted
 from lowbit.recipe import Recipe
 from lowbit.threads import thread_count
 
-__all__ = ["Certificate", "PackResult", "TensorProof", "pack", "verify"]
+__all__ = ["Certificate", "Imatrix", "PackResult", "TensorProof", "pack", "verify"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,7 @@ def pack(
     *,
     to: str | None = None,
     naive: bool = False,
+    imatrix: Imatrix | str | Path | None = None,
     certificate: bool = False,
     threads: int | None = None,
     calibration: str | Path | None = None,
@@ -67,6 +71,9 @@ def pack(
     where the checkpoint holds codes and scales of its own.
     certificate: reads the artifact again before it takes its name, and writes OUT.certificate.json beside a file, or
     certificate.json into a folder: what of it is proved to be the source, bit for bit. ``lowbit pack`` always does.
+    imatrix: an importance matrix of this model, or its file (see ``lowbit imatrix``), under which weights are rounded
+    that have neither codes and scales nor a lattice: types of one float16 scale a block by a search for that scale,
+    others, and with ``naive`` all, as the ggml C library does it. GGUF only.
     calibration: a file that ``lowbit calibrate`` made of the checkpoint: what has no codes and lies on no lattice is
     rounded so that the output changes least (see ``compensate``). GGUF only.
     bits, size: instead of by a recipe, each tensor's type is chosen (see ``mix``) so that the weights take at most so
@@ -78,19 +85,19 @@ def pack(
 
     Some rows of a tensor are in memory at a time, and the artifact takes its name only when it is whole. Interrupted or
     killed, the same call goes on with a GGUF from the last whole tensor (see ``partial``); a folder begins anew.
-    Raises BadFile (NaN or Inf in a tensor, a calibration of another model), Unsupported (tokenizer, row length),
-    CannotWrite, and BadOption where the container does not have the recipe's format, no mix is small enough or another
-    process writes ``out``.
+    Raises BadFile (NaN or Inf in a tensor, an imatrix or a calibration of another model), Unsupported (tokenizer, row
+    length), CannotWrite, and BadOption where the container does not have the recipe's format, no mix is small enough or
+    another process writes ``out``.
     """
     if not isinstance(checkpoint, Checkpoint):
         with open_projector(checkpoint) if mmproj else open_checkpoint(checkpoint) as opened:
             return pack(
-                opened, recipe, out, to=to, naive=naive, certificate=certificate, threads=threads,
+                opened, recipe, out, to=to, naive=naive, imatrix=imatrix, certificate=certificate, threads=threads,
                 calibration=calibration, bits=bits, size=size, mmproj=mmproj,
             )  # fmt: skip
     if mmproj or isinstance(checkpoint, ProjectorCheckpoint):
-        _check_projector(checkpoint, to, {"calibration": calibration, "bits": bits, "size": size})
-    guide = _guide(checkpoint, calibration, naive=naive)
+        _check_projector(checkpoint, to, {"imatrix": imatrix, "calibration": calibration, "bits": bits, "size": size})
+    guide = _guide(checkpoint, calibration, imatrix, naive=naive)
     mixed = None
     if bits is not None or size is not None:
         mixed = _mix(checkpoint, guide, bits, size, thread_count(threads))
@@ -153,8 +160,14 @@ def _check_projector(checkpoint: Checkpoint, to: str | None, measured: Mapping[s
         raise BadOption("the checkpoint is open as a text model", where=checkpoint.path, hint=hint)
 
 
-def _guide(checkpoint: Checkpoint, calibration: str | Path | None, *, naive: bool) -> Guide | None:
+def _guide(
+    checkpoint: Checkpoint, calibration: str | Path | None, imatrix: Imatrix | str | Path | None, *, naive: bool
+) -> Guide | None:
     """What was measured of the model, if anything. Raises BadOption where it would not be used."""
+    if imatrix is not None and calibration is not None:
+        raise BadOption("a calibration holds what an imatrix does", hint="Leave out one of the two")
+    if imatrix is not None:
+        return Weighted(imatrix if isinstance(imatrix, Imatrix) else imatrices.read(imatrix), checkpoint)
     if calibration is None:
         return None
     if naive:

@@ -30,7 +30,8 @@ from lowbit.threads import in_order, keep_freed_memory, thread_count
 RECIPE = "q4_0"
 # llama.cpp's LLAMA_FTYPE_*: what `general.file_type` says a file mostly is.
 FILE_TYPES = {
-    "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q6_k": 18, "bf16": 32,
+    "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q4_k": 14, "q4_k_m": 15, "q5_k": 16,
+    "q6_k": 18, "iq4_nl": 25, "bf16": 32,
 }  # fmt: skip
 _GUESSED = 1024
 _QUANTIZATION_VERSION = 2
@@ -141,8 +142,9 @@ def metadata(checkpoint: Checkpoint, file_type: str, guide: Guide | None = None)
     own += guide.fields() if guide is not None else []
     carried = checkpoint.gguf_metadata()
     if carried is not None:
-        # A split source has been joined by now, so its split.* keys would lie.
-        return [f for f in carried if f.key not in _REPLACED and not f.key.startswith("split.")] + own
+        # A split source has been joined by now, so its split.* keys would lie; so would another imatrix.
+        dropped = ("split.", "quantize.imatrix.") if guide is not None else ("split.",)
+        return [f for f in carried if f.key not in _REPLACED and not f.key.startswith(dropped)] + own
     general = [
         text("general.architecture", checkpoint.family.arch),
         text("general.type", checkpoint.family.gguf_type),

@@ -84,7 +84,7 @@ def choose(
     room -= sum(_n_bytes(checkpoint.specs[name], type_) for name, type_ in fixed.items())
     choices: dict[str, list[Choice]] = {}
     jobs = (functools.partial(_measured, checkpoint, calibration, spec, t) for spec, t in asked)
-    with console.progress("Measuring", len(asked)) as bar:
+    with console.progress("Measuring", len(asked), "types of tensors") as bar:
         for (spec, _), choice in zip(asked, in_order(jobs, threads), strict=True):
             choices.setdefault(spec.name, []).append(choice)
             bar.advance(1)

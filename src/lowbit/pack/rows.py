@@ -31,6 +31,15 @@ def row_slices(spec: TensorSpec, weights: int) -> Iterator[tuple[int, int]]:
     return ((start, min(rows, start + step)) for start in range(0, rows, step))
 
 
+def matrix_slices(spec: TensorSpec, matrices: int, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """(matrix, start, stop) of the parts of rows ``start`` to ``stop`` that lie in one of the stacked matrices each."""
+    height = spec.n_rows // matrices
+    while start < stop:
+        end = min(stop, (start // height + 1) * height)
+        yield start // height, start, end
+        start = end
+
+
 def plain_rows(checkpoint: Checkpoint, spec: TensorSpec, start: int, stop: int) -> np.ndarray:
     """The same in Hugging Face's own order and values, for tensors that GGUF has in Hugging Face's shape."""
     values = checkpoint.read_rows(spec.name, start, stop)

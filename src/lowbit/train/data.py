@@ -6,24 +6,18 @@ Everything ends as token sequences: (n, sequence_length) int32.
 from __future__ import annotations
 
 import json
-import lzma
 import os
 from collections.abc import Iterable, Iterator
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from lowbit import texts
 from lowbit.errors import BadText, NotFound, Unsupported
 from lowbit.train import sampling
 
-# Text in the public domain that fills in where a budget is too short to sample enough; see data/SOURCES.md.
-BUNDLED = (
-    ("austen.txt.xz", "Jane Austen, Persuasion (1818) and Northanger Abbey (1803)", "public domain"),
-    ("sqlite-docs.txt.xz", "SQLite documentation, prose of 86 pages (3.40)", "public domain"),
-)
 _SAMPLING_BATCH = 64
 _TEXT_KEYS = ("text", "content")
 _SUFFIXES = (".txt", ".md", ".csv", ".json", ".jsonl", ".ndjson", ".parquet")  # of files, never of datasets ids
@@ -31,10 +25,7 @@ _SUFFIXES = (".txt", ".md", ".csv", ".json", ".jsonl", ".ndjson", ".parquet")  #
 
 def bundled_sequences(tokenizer: Any, length: int) -> np.ndarray:
     """The bundled texts as (n, length) int32, their sequences taken in turn so that any prefix holds all of them."""
-    each = []
-    for name, _, _ in BUNDLED:
-        text = lzma.decompress(resources.files("lowbit").joinpath("data", name).read_bytes()).decode("utf-8")
-        each.append(pack_sequences(tokenizer, [text], length))
+    each = [pack_sequences(tokenizer, [text], length) for text in texts.bundled()]
     shortest = min(len(sequences) for sequences in each)
     rest = [sequences[shortest:] for sequences in each]
     return np.concatenate([np.stack([s[:shortest] for s in each], axis=1).reshape(-1, length), *rest])

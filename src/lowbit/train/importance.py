@@ -67,7 +67,7 @@ def collect(checkpoint: Checkpoint, out: Path, text: str | None, options: Collec
 
     def fill(writers: dict[str, Any]) -> None:
         nonlocal seen
-        with console.progress("Collecting", len(passes) * len(rows)) as bar:
+        with console.progress("Collecting", len(passes) * len(rows), "sequences") as bar:
             for i, names in enumerate(passes):
                 until = (
                     None if deadline is None else time.monotonic() + (deadline - time.monotonic()) / (len(passes) - i)

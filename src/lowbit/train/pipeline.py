@@ -14,7 +14,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from lowbit import console
+from lowbit import console, texts
 from lowbit import recipe as recipes
 from lowbit.checkpoint import Checkpoint, open_checkpoint
 from lowbit.checkpoint.model import MANIFEST
@@ -182,7 +182,7 @@ class _Run:
                 text = data.bundled_sequences(self.tokenizer, self.length)[: max(0, wanted - len(sampled))]
                 sources = [{"name": "written by the model itself", "license": self.checkpoint.license}]
                 if len(text):
-                    sources += [{"name": name, "license": terms} for _, name, terms in data.BUNDLED]
+                    sources += [{"name": name, "license": terms} for _, name, terms in texts.BUNDLED]
             together = np.concatenate([sampled, text])
             self.sequences = together[data.order(len(together), self.options.seed)]
             facts["data"] = {"sampled_tokens": sampled.size, "text_tokens": text.size, "sources": sources}
