@@ -9,6 +9,7 @@ the embedding .lookups, (rows,), how often a row is looked up, and .gradients, (
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from lowbit.pack.rows import file_rows, precision_of
 _HINT = "lowbit calibrate MODEL -o FILE makes one of this model"
 _MAX_WIDTH = 1 << 16
 _ROWS = 512
+_KEPT_BYTES = 1 << 30
 
 
 class Calibration:
@@ -39,7 +41,7 @@ class Calibration:
             raise NotFound("no such file", where=self.path, expected="a calibration", hint=_HINT)
         self._file = SafetensorsFile(self.path)
         self._lock = threading.Lock()
-        self._last: tuple[str, Moments] | None = None
+        self._kept: dict[str, Moments] = {}  # the latest last
         self.head = next(
             (n for n in checkpoint.names if checkpoint.info(n).role == "output"), "model.embed_tokens.weight"
         )
@@ -100,31 +102,38 @@ class Calibration:
         return f"{name}.inputs" in self._file.entries and f"{name}.outputs" in self._file.entries
 
     def moments(self, name: str) -> Moments:
-        """Of a matrix that it ``has``; those of the last one asked for are kept."""
+        """Of a matrix that it ``has``. The latest are kept: threads work on neighbours at a time."""
         with self._lock:
-            if self._last is None or self._last[0] != name:
-                self._last = None  # not two of them in memory
+            found = self._kept.pop(name, None)
+            if found is None:
                 try:
-                    self._last = (name, moments_of(self._values(f"{name}.inputs")))
+                    found = moments_of(self._values(f"{name}.inputs"))
                 except np.linalg.LinAlgError:
                     raise BadFile("not second moments", where=f"{self.path}: {name}.inputs", hint=_HINT) from None
-            return self._last[1]
+            self._kept[name] = found
+            while len(self._kept) > 2 and sum(2 * kept.values.nbytes for kept in self._kept.values()) > _KEPT_BYTES:
+                del self._kept[next(iter(self._kept))]
+            return found
 
     def importance(self, name: str) -> np.ndarray:
         """(n,) float32: the mean square of each input, as an importance matrix has it."""
         return np.ascontiguousarray(self._values(f"{name}.inputs").diagonal())
 
-    def cost(self, name: str, rows: np.ndarray, errors: np.ndarray) -> float:
-        """Nats a token, to second order, that ``errors`` (k, n) float32 in the rows ``rows`` (k,) cause."""
+    def costs(self, name: str, rows: np.ndarray, errors: Sequence[np.ndarray]) -> np.ndarray:
+        """Nats a token, to second order, that each of several ``errors`` would cause: (len(errors),) float64.
+
+        rows: (k,), the rows they are in. errors: (k, n) float32 each.
+        """
         outputs = self._values(f"{name}.outputs").astype(np.float64)
         if name != self.head:
             outputs /= max(outputs.mean(), 1e-300)
-        each = np.einsum("ij,ij->i", errors @ self._values(f"{name}.inputs"), errors, dtype=np.float64)
-        total = float((outputs[rows] * each).sum())
+        inputs, weights = self._values(f"{name}.inputs"), outputs[rows]
+        found = [np.einsum("i,ij,ij->", weights, e @ inputs, e, dtype=np.float64) for e in errors]
         if f"{name}.lookups" in self._file.entries:
-            lookups, gradients = self._values(f"{name}.lookups"), self._values(f"{name}.gradients")
-            total += float((lookups[rows] * (np.square(errors) @ gradients)).sum(dtype=np.float64))
-        return total / 2
+            lookups, gradients = self._values(f"{name}.lookups")[rows], self._values(f"{name}.gradients")
+            looked_up = [np.dot(lookups, np.square(e) @ gradients) for e in errors]
+            found = [a + b for a, b in zip(found, looked_up, strict=True)]
+        return np.array(found) / 2
 
     def _values(self, stored: str) -> np.ndarray:
         entry = self._file.entries[stored]

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from lowbit import console
 from lowbit import grid as grids
@@ -28,7 +29,7 @@ TYPES = ("q4_0", "q4_k", "q5_k", "q6_k", "q8_0", "f16")
 # What llama-quantize takes where rows are not whole blocks of 256.
 _NARROW = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 _HEAD = ("q4_k", "q5_k", "q6_k", "q8_0", "f16")  # llama-quantize never goes lower with it
-_SAMPLED_WEIGHTS = 1 << 19  # of a tensor, rounded to each type
+_SAMPLED_WEIGHTS = 1 << 18  # of a tensor, rounded to each type
 _UNITS = 1 << 21  # of the budget: with more, sizes are rounded up to a part of it
 
 
@@ -72,7 +73,7 @@ def choose(
     A matrix that the calibration does not know (experts) gets Q6_K, or Q8_0 where its rows are not blocks of 256.
     """
     fixed: dict[str, str] = {}
-    asked: list[tuple[TensorSpec, str]] = []
+    asked: dict[str, list[str]] = {}
     for spec in checkpoint.specs.values():
         if len(spec.shape) < 2:
             fixed[spec.name] = "f32"
@@ -80,13 +81,13 @@ def choose(
             fixed[spec.name] = _for_row("q6_k", spec.shape[-1])
         else:
             allowed = [t for t in types if t in _HEAD] if spec.name == calibration.head else types
-            asked += [(spec, t) for t in dict.fromkeys(_for_row(t, spec.shape[-1]) for t in allowed)]
+            asked[spec.name] = list(dict.fromkeys(_for_row(t, spec.shape[-1]) for t in allowed))
     room -= sum(_n_bytes(checkpoint.specs[name], type_) for name, type_ in fixed.items())
     choices: dict[str, list[Choice]] = {}
-    jobs = (functools.partial(_measured, checkpoint, calibration, spec, t) for spec, t in asked)
-    with console.progress("Measuring", len(asked), "types of tensors") as bar:
-        for (spec, _), choice in zip(asked, in_order(jobs, threads), strict=True):
-            choices.setdefault(spec.name, []).append(choice)
+    jobs = (functools.partial(_measured, checkpoint, calibration, checkpoint.specs[n], asked[n]) for n in asked)
+    with threadpool_limits(1, "blas"), console.progress("Measuring", len(asked), "tensors") as bar:
+        for name, found in zip(asked, in_order(jobs, threads), strict=True):
+            choices[name] = found
             bar.advance(1)
     least = sum(min(choice.n_bytes for choice in each) for each in choices.values())
     if least > room:
@@ -135,32 +136,38 @@ def solve(items: Sequence[Sequence[tuple[int, float]]], room: int) -> list[int]:
     return picked
 
 
-def _measured(checkpoint: Checkpoint, calibration: Calibration, spec: TensorSpec, type_: str) -> Choice:
-    grid, rows, n = grids.get(type_), spec.n_rows, spec.shape[-1]
-    cost = 0.0
-    looked_at = 0
-    for start, stop in _sample(rows, n, everything=spec.name == calibration.head):
-        values = file_rows(checkpoint, spec, start, stop)
-        raw = calibration.rounded(spec.name, values, grid)
-        errors = values - grid.dequantize(grid.unpack(raw)).reshape(values.shape)
+def _measured(checkpoint: Checkpoint, calibration: Calibration, spec: TensorSpec, types: Sequence[str]) -> list[Choice]:
+    """What each type costs a tensor, from some of its rows; of the head from all, for its rows differ much in use."""
+    rows, n = spec.n_rows, spec.shape[-1]
+    costs, looked_at = np.zeros(len(types)), 0
+    for start, stop in _parts(rows, n) if spec.name == calibration.head else [_sample(rows, n)]:
+        values = np.concatenate([file_rows(checkpoint, spec, a, b) for a, b in zip(start, stop, strict=True)])
+        index = np.concatenate([np.arange(a, b) for a, b in zip(start, stop, strict=True)])
+        errors = []
+        for grid in map(grids.get, types):
+            raw = calibration.rounded(spec.name, values, grid)
+            errors.append(values - grid.dequantize(grid.unpack(raw)).reshape(values.shape))
         # The calibration has Hugging Face's order of rows, the values the file's.
         order = spec.gguf_rows()
-        index = np.arange(start, stop) if order is None else order[start:stop]
-        cost += calibration.cost(spec.name, index, errors)
-        looked_at += stop - start
-    return Choice(type=type_, n_bytes=_n_bytes(spec, type_), cost=cost * rows / looked_at)
+        costs += calibration.costs(spec.name, index if order is None else order[index], errors)
+        looked_at += len(index)
+    costs *= rows / looked_at
+    return [Choice(type=t, n_bytes=_n_bytes(spec, t), cost=float(c)) for t, c in zip(types, costs, strict=True)]
 
 
-def _sample(rows: int, n: int, *, everything: bool) -> Iterator[tuple[int, int]]:
-    """Ranges of rows: all of them in parts, or eight spread evenly. Rows of a head differ much in what they do."""
-    wanted = max(8, _SAMPLED_WEIGHTS // n)
-    if everything or rows <= wanted:
-        step = max(1, (1 << 22) // n)
-        yield from ((start, min(rows, start + step)) for start in range(0, rows, step))
-        return
-    each = wanted // 8
-    for start in np.linspace(0, rows - each, 8).astype(int).tolist():
-        yield start, start + each
+def _sample(rows: int, n: int) -> tuple[list[int], list[int]]:
+    """Starts and ends of eight ranges of rows, spread evenly, or of all rows."""
+    wanted = max(8, _SAMPLED_WEIGHTS // n) // 8 * 8
+    if rows <= wanted:
+        return [0], [rows]
+    starts = np.linspace(0, rows - wanted // 8, 8).astype(int).tolist()
+    return starts, [start + wanted // 8 for start in starts]
+
+
+def _parts(rows: int, n: int) -> Iterator[tuple[list[int], list[int]]]:
+    """All rows, some at a time."""
+    step = max(1, (1 << 22) // n)
+    return (([start], [min(rows, start + step)]) for start in range(0, rows, step))
 
 
 def _for_row(type_: str, n: int) -> str:
