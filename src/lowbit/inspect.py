@@ -120,7 +120,7 @@ def _trained_grids(folder: Path) -> dict[str, str]:
     if manifest.get("format") != FORMAT or not isinstance(tensors, dict):
         return {}
     grids = {name: entry.get("grid") for name, entry in tensors.items() if isinstance(entry, dict)}
-    return {name: grid for name, grid in grids.items() if isinstance(grid, str)}
+    return {name: _utf8(grid) for name, grid in grids.items() if isinstance(grid, str)}
 
 
 def _add_checkpoint(found: dict[str, Any], checkpoint: Checkpoint) -> None:

@@ -75,6 +75,8 @@ def parts(name: str) -> tuple[str, ...]:
 
 def check_parts(files: Mapping[str, SafetensorsFile], name: str, shape: tuple[int, ...]) -> None:
     """Raises BadFile where the parts of a matrix are not there in the sizes that ``shape`` gives."""
+    if len(shape) != 2:
+        raise BadFile("a tensor that is no matrix is stored packed", where=parts(name)[0])
     rows, n = shape
     if n % _GROUP:
         raise Unsupported("rows are not whole groups", where=name, found=n, expected=f"a multiple of {_GROUP}")
@@ -96,7 +98,8 @@ def check_parts(files: Mapping[str, SafetensorsFile], name: str, shape: tuple[in
 def read(files: Mapping[str, SafetensorsFile], name: str) -> np.ndarray:
     """The matrix's values, codes x scales, float32 (rows, n)."""
     codes, scales = _codes(files, name), _scales(files, name)
-    return (codes.astype(np.float32) * scales[..., None]).reshape(len(codes), -1)
+    with np.errstate(over="ignore"):  # whoever reads the values checks that they are finite
+        return (codes.astype(np.float32) * scales[..., None]).reshape(len(codes), -1)
 
 
 def blocks(files: Mapping[str, SafetensorsFile], name: str) -> np.ndarray:

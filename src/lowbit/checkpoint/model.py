@@ -152,6 +152,7 @@ class GgufCheckpoint(Checkpoint):
             raise Unsupported("a GGUF split into several files", where=path, found=values["split.count"], hint=hint)
         family = families.by_arch(values.get("general.architecture"), path)
         shapes = {name: entry.shape for name, entry in self._file.entries.items()}
+        _check_layers(path, values.get(f"{family.arch}.block_count"), len(shapes))
         config = family.config_from_gguf(values, shapes, path)
         known = {spec.gguf_name for spec in family.tensors(config)}
         for name in self._file.entries:
@@ -176,7 +177,7 @@ class GgufCheckpoint(Checkpoint):
     def info(self, name: str) -> TensorInfo:
         spec = self._spec(name)
         dtype = self._file.entries[spec.gguf_name].dtype
-        return _info(spec, dtype, _grid_of(dtype))
+        return _info(spec, dtype, _grid_of(dtype) if len(spec.shape) > 1 else None)
 
     def read(self, name: str) -> np.ndarray:
         spec = self._spec(name)
@@ -224,8 +225,10 @@ class FolderCheckpoint(Checkpoint):
         family = families.by_config(config, config_path)
         packed = compressed_tensors.check_scheme(config, config_path)
         config.pop(compressed_tensors.KEY, None)
-        super().__init__(path, "safetensors", family.text_config(config, config_path), family)
+        checked = family.text_config(config, config_path)
         self._files = safetensors_file.open_folder(path)
+        _check_layers(config_path, checked.get("num_hidden_layers"), len(self._files))
+        super().__init__(path, "safetensors", checked, family)
         self._packed = compressed_tensors.matrices(self._files) if packed else set()  # by stored name
         stored_names = self._files.keys() | self._packed
         self._stored = {name: family.stored_name(name, stored_names) for name in self.names}
@@ -255,7 +258,7 @@ class FolderCheckpoint(Checkpoint):
         tensors = self.manifest.get("tensors", {})
         if not isinstance(tensors, dict) or not all(isinstance(t, dict) for t in tensors.values()):
             raise BadFile("tensors is not a map of objects", where=where)
-        self._grids = {name: entry["grid"] for name, entry in tensors.items() if entry.get("grid")}
+        self._grids = {name: entry["grid"] for name, entry in tensors.items() if isinstance(entry.get("grid"), str)}
         if not self._grids:
             return
         self._blocks = SafetensorsFile(path / BLOCKS)
@@ -263,7 +266,7 @@ class FolderCheckpoint(Checkpoint):
             spec, entry = self._spec(name), self._blocks.entries.get(name)
             grid = grids.get(grid_name)
             expected = (spec.shape[0], spec.shape[-1] // grid.block_size * grid.block_bytes)
-            if entry is None or entry.dtype != "U8" or entry.shape != expected:
+            if len(spec.shape) < 2 or entry is None or entry.dtype != "U8" or entry.shape != expected:
                 found = f"{entry.dtype} {entry.shape}" if entry else "nothing"
                 raise BadFile(
                     f"the {grid_name} blocks are not there",
@@ -274,13 +277,12 @@ class FolderCheckpoint(Checkpoint):
 
     @property
     def name(self) -> str:
-        source = self.manifest.get("source", {}).get("name")
-        return _text(source) or _text(self.config.get("_name_or_path")) or _folder_name(self.path.resolve())
+        return _text(self._source.get("name")) or _text(self.config.get("_name_or_path")) or _folder_name(self.path.resolve())
 
     @property
     def license(self) -> str | None:
         if self.manifest:
-            return _text(self.manifest.get("source", {}).get("license"))
+            return _text(self._source.get("license"))
         card = self.path / "README.md"
         if not card.is_file() or card.stat().st_size > 1 << 20:
             return None
@@ -290,6 +292,11 @@ class FolderCheckpoint(Checkpoint):
     @property
     def tokenizer_source(self) -> Path:
         return self.path / METADATA if self._metadata else self.path
+
+    @property
+    def _source(self) -> dict[str, Any]:
+        source = self.manifest.get("source")
+        return source if isinstance(source, dict) else {}
 
     def info(self, name: str) -> TensorInfo:
         spec = self._spec(name)
@@ -361,6 +368,13 @@ def _info(spec: TensorSpec, dtype: str, grid: str | None) -> TensorInfo:
     return TensorInfo(
         name=spec.name, gguf_name=spec.gguf_name, role=spec.role, shape=spec.shape, dtype=dtype, grid=grid
     )
+
+
+def _check_layers(where: Path, layers: object, n_tensors: int) -> None:
+    """Refuses more layers than there are tensors, before each layer's tensors are listed."""
+    for n in layers if isinstance(layers, list) else [layers]:
+        if isinstance(n, int) and n > n_tensors:
+            raise BadFile("more layers than the file has tensors", where=where, found=n, expected=f"at most {n_tensors}")
 
 
 def _check_shape(path: Path, spec: TensorSpec, entry: Entry | None, stored: str) -> None:

@@ -1,0 +1,36 @@
+"""Every reader of strangers' files against changed files: a few hundred each here, a million with ``make fuzz``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fuzzing.readers import READERS, Place, run_case
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lowbit import console
+
+EXAMPLES = int(os.environ.get("LOWBIT_FUZZ_EXAMPLES", "150"))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    console.set_quiet(True)
+    yield Place(tmp_path_factory.mktemp("fuzz"))
+    console.set_quiet(False)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_changed_file_is_read_or_refused(place: Place, reader: str) -> None:
+    ends: set[str] = set()
+
+    @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(st.binary(min_size=8, max_size=80))
+    def check(data: bytes) -> None:
+        ends.add(run_case(reader, data, place, memory=True))
+
+    check()
+    assert len(ends) > 1, "no change was ever refused, or none was ever read: the cases reach nothing"
