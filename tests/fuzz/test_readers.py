@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from fuzzing.readers import READERS, Place, run_case
+from fuzzing.readers import READERS, SHARES, Place, run_case
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lowbit import console
 
-EXAMPLES = int(os.environ.get("LOWBIT_FUZZ_EXAMPLES", "150"))
+EXAMPLES = int(os.environ.get("LOWBIT_FUZZ_EXAMPLES", "15"))  # for each share of a reader
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +26,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 def test_a_changed_file_is_read_or_refused(place: Place, reader: str) -> None:
     ends: set[str] = set()
 
-    @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=max(30, EXAMPLES * SHARES[reader]),
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(st.binary(min_size=8, max_size=80))
     def check(data: bytes) -> None:
         ends.add(run_case(reader, data, place, memory=True))

@@ -106,8 +106,8 @@ def record() -> dict[str, Any]:
         "certificate": {
             "file": "model-q4_0.gguf.certificate.json",
             "source": "checkpoint",
-            "totals": proof(4055073),
-            "types": {"q6_k": proof(737280), "q4_0": proof(3317760), "f32": proof(33)},
+            "totals": proof(4202557),
+            "types": {"q8_0": proof(884736), "q4_0": proof(3317760), "f32": proof(61)},
         },
         "training": {
             "minutes": 3,

@@ -185,7 +185,8 @@ class GgufCheckpoint(Checkpoint):
         rows = spec.hf_rows()
         if rows is not None:
             values = values[rows]
-        return values - np.float32(spec.gguf_offset) if spec.gguf_offset else values
+        with np.errstate(invalid="ignore"):
+            return values - np.float32(spec.gguf_offset) if spec.gguf_offset else values
 
     def blocks(self, name: str) -> np.ndarray | None:
         spec = self._spec(name)
@@ -277,7 +278,11 @@ class FolderCheckpoint(Checkpoint):
 
     @property
     def name(self) -> str:
-        return _text(self._source.get("name")) or _text(self.config.get("_name_or_path")) or _folder_name(self.path.resolve())
+        return (
+            _text(self._source.get("name"))
+            or _text(self.config.get("_name_or_path"))
+            or _folder_name(self.path.resolve())
+        )
 
     @property
     def license(self) -> str | None:
@@ -374,7 +379,9 @@ def _check_layers(where: Path, layers: object, n_tensors: int) -> None:
     """Refuses more layers than there are tensors, before each layer's tensors are listed."""
     for n in layers if isinstance(layers, list) else [layers]:
         if isinstance(n, int) and n > n_tensors:
-            raise BadFile("more layers than the file has tensors", where=where, found=n, expected=f"at most {n_tensors}")
+            raise BadFile(
+                "more layers than the file has tensors", where=where, found=n, expected=f"at most {n_tensors}"
+            )
 
 
 def _check_shape(path: Path, spec: TensorSpec, entry: Entry | None, stored: str) -> None:

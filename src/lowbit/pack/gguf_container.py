@@ -118,7 +118,8 @@ def file_values(checkpoint: Checkpoint, spec: TensorSpec) -> np.ndarray:
     if order is not None:
         values = values[order]
     if spec.gguf_offset:
-        values = values + np.float32(spec.gguf_offset)
+        with np.errstate(invalid="ignore"):
+            values = values + np.float32(spec.gguf_offset)
     grids.check_finite(values, f"{checkpoint.path}: {spec.name}")
     return values.reshape(-1, values.shape[-1])
 

@@ -104,6 +104,7 @@ class View:
     files: list[File]
     proofs: list[Proof]
     proved: str
+    certificate: str
     source: list[tuple[str, str]]
     machine: list[tuple[str, str]]
     options: list[tuple[str, str]]
@@ -165,6 +166,7 @@ def build(record: dict[str, Any], run_dir: Path) -> View:
         files=_files(files),
         proofs=[_proof(kind, mapping(raw)) for kind, raw in mapping(certificate.get("types")).items()],
         proved=_proved(mapping(certificate.get("totals"))),
+        certificate=text(certificate.get("file")),
         source=_source(model),
         machine=machine,
         options=_pairs(record.get("options")),

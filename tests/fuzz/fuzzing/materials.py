@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fuzzing.mutate import safetensors
 
 import lowbit
+from fuzzing.mutate import safetensors
 from lowbit.checkpoint import families, open_checkpoint
 from lowbit.checkpoint.write import Tensor, write_checkpoint
 from lowbit.grid import get

@@ -12,13 +12,13 @@ SIZES = (
     2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40, 2**47, 2**48, 2**59, 2**60, 2**62, 2**63 - 1, 2**63, 2**64 - 1,
 )  # fmt: skip
 NAMES = (
-    "q4_0", "q8_0", "q6_k", "f32", "bf16", "BF16", "F32", "U8", "I64", "default", "linear", "llama3", "bytes", "Sequence",
-    "Split", "ByteLevel", "Metaspace", "Replace", "TemplateProcessing", "BPE", "full_attention", "weight", "extra",
+    "q4_0", "q8_0", "q6_k", "f32", "bf16", "BF16", "F32", "U8", "I64", "default", "linear", "llama3", "bytes",
+    "Sequence", "Split", "ByteLevel", "Metaspace", "Replace", "TemplateProcessing", "BPE", "weight", "extra",
 )  # fmt: skip
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, 2, 6, -1, 31, 32, 64, 10_000, 2**31 - 1, 2**31, 2**62, 2**63, 2**64, 10**400, 0.5, -0.0,
-    1e-300, 1e300, float("nan"), float("inf"), "", " ", "a", "a b c", "\ud800", "a\x00b", "../a", "/", "é" * 40, "x" * 300,
-    [], {}, [[]], [{}], [0], ["a"], {"a": []}, {"type": "Sequence"}, [None] * 40,
+    1e-300, 1e300, float("nan"), float("inf"), "", " ", "a", "a b c", "\ud800", "a\x00b", "../a", "/", "é" * 40,
+    "x" * 300, [], {}, [[]], [{}], [0], ["a"], {"a": []}, {"type": "Sequence"}, [None] * 40,
 )  # fmt: skip
 _DEEP = 1500
 
