@@ -46,6 +46,9 @@ def check_scheme(config: Mapping[str, Any], where: object) -> bool:
             "this quantization is not read", where=where, found=f"{method} {form}",
             expected="compressed-tensors pack-quantized", hint="Start from the unquantized checkpoint",
         )  # fmt: skip
+    for key in ("transform_config", "sparsity_config", "kv_cache_scheme"):
+        if described.get(key):  # rotated or sparse weights would be read as if they were not
+            raise Unsupported("this quantization is not read", where=where, found=f"{KEY}.{key}", expected="null")
     groups = described.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         raise BadConfig(f"{KEY} has no config_groups", where=where)

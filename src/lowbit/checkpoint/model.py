@@ -115,6 +115,11 @@ class Checkpoint:
         ``info(name).grid`` is not None; None elsewhere."""
         raise NotImplementedError
 
+    def stored_values(self, name: str) -> np.ndarray | None:
+        """The tensor in GGUF's layout, as the GGUF that this checkpoint is holds it: its row order and offset, without
+        the way to Hugging Face's and back, on which a norm's last bits are lost. None for a folder."""
+        return None
+
     def gguf_metadata(self) -> list[Field] | None:
         """Every key-value of the GGUF that this checkpoint comes from, untouched; None if there is none."""
         return None
@@ -196,6 +201,9 @@ class GgufCheckpoint(Checkpoint):
         rows = spec.hf_rows()
         return raw.copy() if rows is None else raw[rows]
 
+    def stored_values(self, name: str) -> np.ndarray | None:
+        return self._decode(self._spec(name).gguf_name)
+
     def gguf_metadata(self) -> list[Field] | None:
         return list(self._file.fields)
 
@@ -238,6 +246,8 @@ class FolderCheckpoint(Checkpoint):
             stored = self._stored[spec.name]
             if stored in self._packed:
                 compressed_tensors.check_parts(self._files, stored, spec.shape)
+                if stored in self._files:
+                    raise BadFile("a matrix is stored twice, packed and as it is", where=f"{path}: {stored}")
                 used |= {*compressed_tensors.parts(stored)}
                 continue
             file = self._files.get(stored)

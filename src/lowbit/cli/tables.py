@@ -41,6 +41,9 @@ def show_certificate(certificate: Mapping[str, Any], stream: IO[str]) -> None:
     console.print(table)
     share = format_share(totals["exact"], totals["blocks"])
     line = f"{certificate['artifact']}: {share} of {totals['blocks']:,} blocks are the source, bit for bit"
+    uncompared = sum(tensor["note"] is not None for tensor in certificate["tensors"])
+    if uncompared:
+        line += f"; {uncompared} tensor{'s' if uncompared > 1 else ''} could not be compared"
     console.print(_plain(line))
 
 

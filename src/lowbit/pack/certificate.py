@@ -111,11 +111,8 @@ def verify(artifact: str | Path, source: Checkpoint | str | Path) -> Certificate
     _open(path, source)  # a damaged file is to be called that, and not another than its certificate's
     stated = _stated(path)
     proved = prove(path, source)
-    if stated and stated.get("source_sha256") == proved.source_sha256 and stated.get("totals") != proved.totals:
-        raise BadFile(
-            "the certificate does not say what is so",
-            where=path_beside(path), found=str(stated.get("totals"))[:200], expected=proved.totals, hint="Remove it",
-        )  # fmt: skip
+    if stated and stated.get("source_sha256") == proved.source_sha256:
+        _check_stated(stated, proved, path_beside(path))
     return proved
 
 
@@ -130,7 +127,9 @@ def prove(artifact: Path, source: Checkpoint, *, final: Path | None = None) -> C
             tensors.append(_prove_tensor(file, source, spec, f"{label}: {spec.gguf_name}"))
             done += math.prod(spec.shape)
             bar.update(done)
-    known = {spec.gguf_name for spec in specs} | set(source.family.computed(source.config))
+    computed = source.family.computed(source.config)
+    tensors += [_prove_computed(file, name, values, f"{label}: {name}") for name, values in computed.items()]
+    known = {spec.gguf_name for spec in specs} | set(computed)
     for extra in sorted(set(file.entries) - known):
         dtype = file.entries[extra].dtype.lower()
         tensors.append(TensorProof(name=_utf8(extra), type=dtype, note="the source has no such tensor"))
@@ -170,6 +169,25 @@ def _stated(artifact: Path) -> dict[str, Any] | None:
             hint="Pack again, or remove the certificate to prove the file as it is",
         )  # fmt: skip
     return stated
+
+
+def _check_stated(stated: dict[str, Any], proved: Certificate, where: Path) -> None:
+    """Raises BadFile where a certificate of this file and source counts otherwise than what is proved."""
+    counts = ("name", "blocks", "exact", "within_scale_rounding", "off_lattice")
+    ours = [{key: tensor[key] for key in counts} for tensor in proved.to_json()["tensors"]]
+    tensors = stated.get("tensors")
+    theirs = (
+        [{key: t.get(key) for key in counts} for t in tensors if isinstance(t, dict)]
+        if isinstance(tensors, list)
+        else []
+    )
+    if stated.get("totals") == proved.totals and theirs == ours:
+        return
+    wrong = next((t for t in theirs if t not in ours), stated.get("totals"))
+    raise BadFile(
+        "the certificate does not say what is so",
+        where=where, found=str(wrong)[:200], expected=proved.totals, hint="Remove it",
+    )  # fmt: skip
 
 
 def _open(artifact: Path, source: Checkpoint) -> GgufFile:
@@ -224,6 +242,21 @@ def _prove_tensor(file: GgufFile, source: Checkpoint, spec: TensorSpec, where: s
         off_lattice=int(counts[lattice.OFF_LATTICE]),
         max_error=max_error,
     )
+
+
+def _prove_computed(file: GgufFile, name: str, values: np.ndarray, where: str) -> TensorProof:
+    """A tensor that the source's config gives (rotary frequencies): there and the same, or the artifact is off."""
+    entry = file.entries.get(name)
+    if entry is None or entry.dtype != "F32" or entry.shape != values.shape:
+        found = f"{entry.dtype} {list(entry.shape)}" if entry else "nothing"
+        raise BadFile("not what the source's config gives", where=where, found=found, expected=f"F32 {[*values.shape]}")
+    raw = file.raw(name).reshape(1, -1)
+    status, error = _compare(values.reshape(1, -1), raw, grids.get("f32"), "F32", where)
+    exact = int((status == lattice.EXACT).sum())
+    return TensorProof(
+        name=name, type="f32", source_dtype="computed", rounded_to="F32",
+        blocks=status.size, exact=exact, off_lattice=status.size - exact, max_error=error,
+    )  # fmt: skip
 
 
 def _compare(values: np.ndarray, raw: np.ndarray, grid: Grid, dtype: str, where: str) -> tuple[np.ndarray, float]:

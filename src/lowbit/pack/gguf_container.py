@@ -114,12 +114,14 @@ def encoded(checkpoint: Checkpoint, spec: TensorSpec, grid: Grid, *, naive: bool
 def file_values(checkpoint: Checkpoint, spec: TensorSpec) -> np.ndarray:
     """The tensor's values as the file means them: (rows, n) float32, a vector as one row; rows in the file's order and
     its offset added. Raises BadFile on NaN or Inf."""
-    values, order = checkpoint.read(spec.name), spec.gguf_rows()
-    if order is not None:
-        values = values[order]
-    if spec.gguf_offset:
-        with np.errstate(invalid="ignore"):
-            values = values + np.float32(spec.gguf_offset)
+    values = checkpoint.stored_values(spec.name)
+    if values is None:
+        values, order = checkpoint.read(spec.name), spec.gguf_rows()
+        if order is not None:
+            values = values[order]
+        if spec.gguf_offset:
+            with np.errstate(invalid="ignore"):
+                values = values + np.float32(spec.gguf_offset)
     grids.check_finite(values, f"{checkpoint.path}: {spec.name}")
     return values.reshape(-1, values.shape[-1])
 
