@@ -55,7 +55,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
             found, entries, raw = _gguf(path)
     except OSError as error:
         raise NotFound(f"cannot read: {error.strerror or error}", where=error.filename or path) from error
-    found = {"path": str(path)} | found | {"problem": None}
+    found = {"path": _utf8(str(path))} | found | {"problem": None}
     grids: Mapping[str, str] = found.pop("_grids", {})
     try:
         with open_checkpoint(path) as checkpoint:
@@ -73,7 +73,7 @@ def _gguf(path: Path) -> tuple[dict[str, Any], dict[str, Entry], Raw]:
     found: dict[str, Any] = {
         "kind": "gguf",
         "architecture": architecture,
-        "name": _text(values.get("general.name")) or path.stem,
+        "name": _text(values.get("general.name")) or _utf8(path.stem),
         "license": _text(values.get("general.license")),
         "tied": "token_embd.weight" in entries and "output.weight" not in entries,
         "size_bytes": path.stat().st_size,
@@ -86,7 +86,12 @@ def _gguf(path: Path) -> tuple[dict[str, Any], dict[str, Entry], Raw]:
 def _safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Entry], Raw]:
     file = SafetensorsFile(path)
     nothing = dict.fromkeys(("architecture", "license", "tied", "quantization", *(d[0] for d in _DIMENSIONS)))
-    found: dict[str, Any] = {"kind": "safetensors", "name": path.stem, "size_bytes": path.stat().st_size, **nothing}
+    found: dict[str, Any] = {
+        "kind": "safetensors",
+        "name": _utf8(path.stem),
+        "size_bytes": path.stat().st_size,
+        **nothing,
+    }
     return found, file.entries, file.raw
 
 
@@ -100,11 +105,11 @@ def _folder(path: Path) -> tuple[dict[str, Any], dict[str, Entry], Raw]:
     found: dict[str, Any] = {
         "kind": "safetensors",
         "architecture": _text(config.get("model_type")),
-        "name": path.resolve().name,
+        "name": _utf8(path.resolve().name),
         "license": None,
         "tied": text["tie_word_embeddings"] if isinstance(text.get("tie_word_embeddings"), bool) else None,
         "size_bytes": sum(file.stat().st_size for file in {file.path for file in files.values()}),
-        "quantization": str(method) if method is not None else None,
+        "quantization": _utf8(str(method)) if method is not None else None,
         "_grids": _trained_grids(path),
     }
     found |= {ours: _size(text.get(key)) for ours, _, key in _DIMENSIONS}

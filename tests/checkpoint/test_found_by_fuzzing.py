@@ -121,6 +121,28 @@ def test_a_grid_that_is_no_unicode(tiny_llama: Callable[..., Path]) -> None:
     assert json.dumps(inspect(folder), ensure_ascii=False).encode("utf-8")
 
 
+def test_a_quantization_that_is_no_unicode(tiny_llama: Callable[..., Path]) -> None:
+    folder = tiny_llama()
+    change(folder / "config.json", quantization_config={"quant_method": "\ud800"})
+    assert inspect(folder)["quantization"] == "?"
+
+
+@pytest.mark.parametrize("dtype", [28, F32])
+def test_values_beyond_float32_warn_of_nothing(good: GgufFile, tmp_path: Path, dtype: int) -> None:
+    """A double that overflows, and a signalling NaN, are told in one line where the values are used."""
+    name = "output_norm.weight"
+    heads = [TensorHead(h.name, h.shape, dtype) if h.name == name else h for h in heads_of(good)]
+    path = write_gguf(tmp_path / "x.gguf", good.fields, heads)
+    data, start = bytearray(path.read_bytes()), GgufFile(path).entries[name].start
+    data[start : start + 8] = b"\x01\x00\xa0\x7f\x01\x00\xa0\x7f"
+    path.unlink()
+    path.write_bytes(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(BadFile, match=r"output_norm|model\.norm"):
+            lowbit.pack(path, "q4_0", tmp_path / "out.gguf")
+
+
 SETTINGS = "tokenizer_config.json"
 TOKENIZERS: dict[str, tuple[str, Callable[[dict[str, Any]], object]]] = {
     "half a surrogate": ("tokenizer.json", lambda t: t["model"]["vocab"].update({"\ud800": 5})),
