@@ -40,7 +40,7 @@ def show_certificate(certificate: Mapping[str, Any], stream: IO[str]) -> None:
     console = _console(stream)
     console.print(table)
     share = format_share(totals["exact"], totals["blocks"])
-    line = f"{certificate['artifact']}: {share} of {totals['blocks']:,} blocks are the source, bit for bit"
+    line = f"{certificate['artifact']}: {share} of {totals['blocks']:,} blocks give the source back, bit for bit"
     uncompared = sum(tensor["note"] is not None for tensor in certificate["tensors"])
     if uncompared:
         line += f"; {uncompared} tensor{'s' if uncompared > 1 else ''} could not be compared"
