@@ -36,7 +36,7 @@ test: install
 
 # A million hostile files (CASES=N for another number), guided by coverage; what it finds reachable stays in .fuzz.
 fuzz: install
-	@$(PIP) -c constraints.txt -e '.[fuzz]'
+	@$(PIP) -c constraints.txt --no-build-isolation -e '.[fuzz]'
 	@$(BIN)/python tests/fuzz/run.py --cases $(or $(CASES),1000000)
 
 lint: install
