@@ -176,9 +176,11 @@ def gguf_laid_out_again(place: Place, choices: Choices) -> None:
 
 def _other_value(field: Field, choices: Choices) -> Field:
     numbers = (0, 1, 2, 3, 31, 32, 64, 10_000, 2**20, 2**31 - 1, 2**31, 2**32 - 1)
+    if field.key == "general.alignment":  # the writer here lays out by it
+        return field._replace(value=choices.of((1, 8, 64)))
     if choices.one_in(6):
         return Field(choices.of(("general.alignment", "split.count", "llama.rope.freq_base", field.key)), 64, 4)
-    if choices.one_in(6) and field.key != "general.alignment":  # the writer here lays out by it
+    if choices.one_in(6):
         return Field(field.key, [choices.of(numbers)] * choices.below(40), 9, 4)
     if field.type == 9:
         values = field.value[: choices.below(len(field.value) + 1)]
