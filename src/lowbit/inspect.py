@@ -65,7 +65,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
             found, entries, raw = _gguf(path)
     except OSError as error:
         raise NotFound(f"cannot read: {error.strerror or error}", where=error.filename or path) from error
-    found = {"path": str(path)} | found | {"problem": None}
+    found = {"path": _utf8(str(path))} | found | {"problem": None}
     grids: Mapping[str, str] = found.pop("_grids", {})
     countable = found["quantization"] is None or found["kind"] != "safetensors"
     if not found["projectors"]:  # an mmproj is no model of its own
@@ -85,7 +85,7 @@ def _gguf(path: Path) -> tuple[dict[str, Any], dict[str, Entry], Raw]:
     found: dict[str, Any] = {
         "kind": "gguf",
         "architecture": architecture,
-        "name": _text(values.get("general.name")) or path.stem,
+        "name": _text(values.get("general.name")) or _utf8(path.stem),
         "license": _text(values.get("general.license")),
         "tied": "token_embd.weight" in entries and "output.weight" not in entries,
         "size_bytes": path.stat().st_size,
@@ -111,8 +111,8 @@ def _projectors(values: Mapping[str, Any]) -> dict[str, str]:
 def _safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Entry], Raw]:
     file = SafetensorsFile(path)
     nothing = dict.fromkeys(("architecture", "license", "tied", "quantization", *(d[0] for d in _DIMENSIONS)))
-    found: dict[str, Any] = {"kind": "safetensors", "name": path.stem, "size_bytes": path.stat().st_size, **nothing}
-    found |= {"projectors": {}, "projection_size": None}
+    found: dict[str, Any] = {"kind": "safetensors", "name": _utf8(path.stem), "size_bytes": path.stat().st_size}
+    found |= {**nothing, "projectors": {}, "projection_size": None}
     return found, file.entries, file.raw
 
 
@@ -132,11 +132,11 @@ def _folder(path: Path) -> tuple[dict[str, Any], dict[str, Entry], Raw]:
     found: dict[str, Any] = {
         "kind": kind,
         "architecture": _text(config.get("model_type")),
-        "name": path.resolve().name,
+        "name": _utf8(path.resolve().name),
         "license": None,
         "tied": text["tie_word_embeddings"] if isinstance(text.get("tie_word_embeddings"), bool) else None,
         "size_bytes": sum(file.stat().st_size for file in {file.path for file in files.values()}),
-        "quantization": str(method) if method is not None else None,
+        "quantization": _utf8(str(method)) if method is not None else None,
         "_grids": _trained_grids(path),
         "projectors": {},
         "projection_size": None,
@@ -167,7 +167,7 @@ def _trained_grids(folder: Path) -> dict[str, str]:
     if manifest.get("format") != FORMAT or not isinstance(tensors, dict):
         return {}
     grids = {name: entry.get("grid") for name, entry in tensors.items() if isinstance(entry, dict)}
-    return {name: grid for name, grid in grids.items() if isinstance(grid, str)}
+    return {name: _utf8(grid) for name, grid in grids.items() if isinstance(grid, str)}
 
 
 def _add_checkpoint(found: dict[str, Any], checkpoint: Checkpoint) -> None:

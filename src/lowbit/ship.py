@@ -1,13 +1,14 @@
 """``lowbit ship``: checkpoint to measured artifact, in one run folder, each stage whole on disk before the next begins.
 
 The folder holds reference.gguf (the source's weights, unquantized), naive-RECIPE.gguf (what llama-quantize makes of
-them), calibrated-RECIPE.gguf (the start of training), model-RECIPE.gguf (the product), lowbit.json and report.html;
-checkpoint/ is the trained model as a Hugging Face folder, work/ what a killed run goes on from.
+them), calibrated-RECIPE.gguf (the start of training), model-RECIPE.gguf (the product), its certificate, lowbit.json and
+report.html; checkpoint/ is the trained model as a Hugging Face folder, work/ what a killed run goes on from.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import platform
@@ -30,7 +31,7 @@ from lowbit.inspect import inspect
 from lowbit.measure import MeasureOptions, measure
 from lowbit.measure.record import machine
 from lowbit.measure.text import check_text, chunks_of, read_text
-from lowbit.pack import containers, pack, partial
+from lowbit.pack import certificate, containers, pack, partial
 from lowbit.report import PAGE, RECORD, read_record, render, report
 from lowbit.run.llama_cpp import LlamaCpp
 
@@ -87,6 +88,7 @@ class _Run:
         self.naive = out / f"naive-{options.recipe}.gguf"
         self.calibrated = out / f"calibrated-{options.recipe}.gguf"
         self.product = out / f"model-{options.recipe}.gguf"
+        self.certificate = certificate.path_beside(self.product)
         self.times = _Times(self.work / "times.json")
 
     @contextlib.contextmanager
@@ -111,7 +113,7 @@ class _Run:
 
     def _refuse_what_is_there(self) -> None:
         """Files of our names that no run of ours made are not a stage done, and not ours to replace."""
-        names = (RECORD, PAGE, "checkpoint", *(path.name for path in self._ggufs()))
+        names = (RECORD, PAGE, "checkpoint", *(path.name for path in (*self._ggufs(), self.certificate)))
         there = next((self.out / name for name in names if (self.out / name).exists()), None)
         if there is not None:
             found = "this file, and no work/ to go on from"
@@ -126,7 +128,7 @@ class _Run:
                 where=self.out,
                 hint="Choose another --out, or remove the folder to start again",
             )
-        for path in (*self._ggufs(), self.work / "run.json", self.times.path):
+        for path in (*self._ggufs(), self.certificate, self.work / "run.json", self.times.path):
             path.unlink(missing_ok=True)
         shutil.rmtree(ledger.parent, ignore_errors=True)
         self.times.seconds.clear()
@@ -157,14 +159,20 @@ class _Run:
             self.times.add("train", sum(self.trained.record["stages"].values()))
 
     def pack_trained(self) -> None:
-        """The start of training and its end, with the codes and scales that training left."""
+        """The start of training and its end, with the codes and scales that training left; of the end it is proved."""
         recipe = self.options.recipe
         if self.options.start == "calibrated":
             self._stage("calibrated", self.calibrated, lambda: self._pack(self.trained.start, recipe, self.calibrated))
-        self._stage("pack", self.product, lambda: self._pack(self.trained.path, recipe, self.product))
+        # The certificate takes its name first, so where the file is whole it is there, unless somebody removed it.
+        if not self.certificate.exists():
+            self.product.unlink(missing_ok=True)
+        make = functools.partial(self._pack, self.trained.path, recipe, self.product, certified=True)
+        self._stage("pack", self.product, make)
 
-    def _pack(self, checkpoint: Checkpoint | Path, recipe: str, out: Path, *, naive: bool = False) -> None:
-        pack(checkpoint, recipe, out, naive=naive, threads=self.options.threads)
+    def _pack(
+        self, checkpoint: Checkpoint | Path, recipe: str, out: Path, *, naive: bool = False, certified: bool = False
+    ) -> None:
+        pack(checkpoint, recipe, out, naive=naive, certificate=certified, threads=self.options.threads)
 
     def measure(self, text: Path, speed: bool, chunks: int | None) -> None:
         """Every artifact in llama.cpp against the reference, on text that training never saw."""
@@ -200,6 +208,7 @@ class _Run:
             "machine": {**machine(), "torch": metadata.version("torch"), "system": platform.system()},
             "stages": [{"name": name, "seconds": seconds} for name, seconds in self.times.seconds.items()],
             "files": self._described_files(),
+            "certificate": self._described_certificate(),
             "training": training,
             "measure": measured,
         })  # fmt: skip
@@ -239,6 +248,16 @@ class _Run:
                     "bits_per_weight": inspect(path)["bits_per_weight"],
                 }
         return described
+
+    def _described_certificate(self) -> dict[str, Any]:
+        """The certificate's totals, of the whole file and of each type of tensor."""
+        proved = _read_json(self.certificate)
+        types: dict[str, dict[str, int]] = {}
+        for tensor in proved["tensors"]:
+            of_type = types.setdefault(tensor["type"], dict.fromkeys(proved["totals"], 0))
+            for key in of_type:
+                of_type[key] += tensor[key]
+        return {"file": self.certificate.name, "source": "checkpoint", "totals": proved["totals"], "types": types}
 
     def _stage(self, name: str, product: Path, make: Callable[[], Any]) -> None:
         if product.exists():

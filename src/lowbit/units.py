@@ -1,4 +1,4 @@
-"""Bytes, bits per weight and durations, and how they print."""
+"""Bytes, bits per weight, shares and durations, and how they print."""
 
 from __future__ import annotations
 
@@ -18,6 +18,13 @@ def format_bytes(n: float) -> str:
 def bits_per_weight(n_bytes: int, n_weights: int) -> float:
     """Bits that the stored bytes spend on each weight."""
     return 8.0 * n_bytes / n_weights if n_weights else 0.0
+
+
+def format_share(part: float, whole: float) -> str:
+    """A share of a count in percent: never 100% nor 0 where it is not all or nothing."""
+    if not whole or part in (0, whole):
+        return "100%" if whole and part == whole else "0"
+    return f"{min(99.99, max(0.01, 100 * part / whole)):.2f}%"
 
 
 def format_duration(seconds: float) -> str:

@@ -193,6 +193,94 @@ def test_safetensors(good: Materials, call: Callable[[list[str]], Done], case: s
     refused(good, call, verb, good.words(verb, good.folder), where, says)
 
 
+# Shards
+
+INDEX = "model.safetensors.index.json"
+SHARDS = tuple(f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+
+
+@pytest.fixture
+def sharded(good: Materials) -> Path:
+    """The good folder with its tensors in two shards, every second one in the other."""
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(good.folder / "model.safetensors")
+    (good.folder / "model.safetensors").unlink()
+    weight_map = {}
+    for i, shard in enumerate(SHARDS):
+        names = sorted(tensors)[i::2]
+        save_file({name: tensors[name] for name in names}, good.folder / shard)
+        weight_map |= dict.fromkeys(names, shard)
+    (good.folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
+    return good.folder
+
+
+def with_map(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    """A change to the index's map of tensors to shards."""
+
+    def edit(folder: Path) -> None:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        change(index["weight_map"])
+        (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
+
+    return edit
+
+
+def hold_it_twice(folder: Path) -> None:
+    """Both shards hold MATRIX, of which the index can name one."""
+    from safetensors.numpy import load_file, save_file
+
+    tensors = [load_file(folder / shard) for shard in SHARDS]
+    holder = next(i for i, held in enumerate(tensors) if MATRIX in held)
+    save_file(tensors[1 - holder] | {MATRIX: tensors[holder][MATRIX] + 1}, folder / SHARDS[1 - holder])
+
+
+def overlap(folder: Path) -> None:
+    """In the second shard, one tensor's bytes are said to begin inside another's."""
+
+    def change(header: dict[str, Any]) -> None:
+        first, second, *_ = sorted((v for k, v in header.items() if k[0] != "_"), key=lambda v: v["data_offsets"])
+        second["data_offsets"] = [offset - first["data_offsets"][1] + 4 for offset in second["data_offsets"]]
+
+    path = folder / SHARDS[1]
+    path.write_bytes(with_header(change)(path.read_bytes()))
+
+
+BAD_SHARDS: dict[str, tuple[Callable[[Path], object], str, str]] = {
+    "a shard missing": (lambda f: (f / SHARDS[1]).unlink(), SHARDS[1], "a shard is missing"),
+    "a shard cut": (lambda f: os.truncate(f / SHARDS[1], 4000), SHARDS[1], ""),
+    "a shard empty": (lambda f: os.truncate(f / SHARDS[0], 0), SHARDS[0], "not a safetensors file"),
+    "the index missing": (lambda f: (f / INDEX).unlink(), SHARDS[1], "several .safetensors files and no"),
+    "the index cut": (lambda f: os.truncate(f / INDEX, 40), INDEX, "not JSON with a weight_map"),
+    "no map": (lambda f: (f / INDEX).write_text('{"weight_map": []}'), INDEX, "not a map of tensors"),
+    "a tensor in two shards": (hold_it_twice, MATRIX, "a shard holds a tensor that the index places elsewhere"),
+    "tensors that overlap": (overlap, SHARDS[1], "overlaps another tensor"),
+    "a tensor in the wrong shard": (
+        with_map(lambda m: m.update({MATRIX: next(s for s in SHARDS if s != m[MATRIX])})), MATRIX, "its shard lacks",
+    ),
+    "a tensor in no shard": (with_map(lambda m: m.pop(MATRIX)), MATRIX, "a shard holds a tensor that the index places"),
+    "a shard outside of the folder": (
+        with_map(lambda m: m.update({MATRIX: "../model.safetensors"})), INDEX, "a file outside the folder",
+    ),
+    "a shard at the root": (
+        with_map(lambda m: m.update({MATRIX: "/dev/zero.safetensors"})), INDEX, "a file outside the folder",
+    ),
+    "a shard that is a number": (with_map(lambda m: m.update({MATRIX: 1})), INDEX, "a file outside the folder"),
+}  # fmt: skip
+
+
+def test_good_shards(good: Materials, call: Callable[[list[str]], Done], sharded: Path) -> None:
+    assert call(good.words("pack", sharded)).code == 0
+
+
+@pytest.mark.parametrize("verb", ["inspect", "pack", "ship"])
+@pytest.mark.parametrize("case", BAD_SHARDS)
+def test_shards(good: Materials, call: Callable[[list[str]], Done], sharded: Path, case: str, verb: str) -> None:
+    edit, where, says = BAD_SHARDS[case]
+    edit(sharded)
+    refused(good, call, verb, good.words(verb, sharded), sharded, where, says)
+
+
 def set_values(folder: Path, change: Callable[[np.ndarray], object]) -> None:
     """Changes the float32 values of MATRIX in place."""
     path = folder / "model.safetensors"
@@ -320,6 +408,7 @@ def overwritten(after: bytes, skip: int, new: bytes) -> Edit:
 
 HUGE = struct.pack("<Q", 2**62)
 EMBEDDING = key("token_embd.weight")  # behind it: n_dims (4 bytes), two dims (8 each), type (4), offset (8)
+TWICE = b"\x1b[2Jral.type"
 BAD_GGUF: dict[str, tuple[Edit, str]] = {
     "empty": (lambda data: b"", "expected"),
     "another magic": (lambda data: b"GGML" + data[4:], "not a GGUF file"),
@@ -343,6 +432,12 @@ BAD_GGUF: dict[str, tuple[Edit, str]] = {
     "an offset past the end": (overwritten(EMBEDDING, 24, struct.pack("<Q", 2**40)), "token_embd.weight"),
     "an offset on another tensor": (overwritten(key("output_norm.weight"), 16, bytes(8)), "output_norm.weight"),
     "an unknown type": (overwritten(EMBEDDING, 20, struct.pack("<I", 777)), "unknown ggml type; found 777"),
+    "an array of arrays": (overwritten(key("tokenizer.ggml.tokens"), 4, struct.pack("<I", 9)), "unknown value type"),
+    "a word longer than the rest": (overwritten(key("tokenizer.ggml.tokens"), 16, HUGE), "tokenizer.ggml.tokens"),
+    "a key that steers the terminal": (
+        lambda data: data.replace(b"general.name", TWICE, 1).replace(b"general.type", TWICE, 1),
+        "a key is empty, overlong or given twice; found  [2Jral.type",
+    ),
 }  # fmt: skip
 
 
@@ -356,7 +451,7 @@ def test_gguf(good: Materials, call: Callable[[list[str]], Done], case: str, ver
 
 
 @pytest.mark.parametrize("role", ["artifact", "reference"])
-@pytest.mark.parametrize("case", list(BAD_GGUF)[::3])
+@pytest.mark.parametrize("case", list(BAD_GGUF)[:22:3])
 def test_gguf_in_the_runtime(good: Materials, call: Callable[[list[str]], Done], case: str, role: str) -> None:
     edit, says = BAD_GGUF[case]
     path = good.gguf.with_name("bad.gguf")
@@ -365,6 +460,13 @@ def test_gguf_in_the_runtime(good: Materials, call: Callable[[list[str]], Done],
     if role == "artifact":
         words[words.index(str(good.gguf))] = str(path)
     refused(good, call, "measure", words, path, says)
+
+
+@pytest.mark.parametrize("verb", ["pack", "ship"])
+def test_a_gguf_of_two_thousand_million_layers(good: Materials, call: Callable[[list[str]], Done], verb: str) -> None:
+    edit = overwritten(key("llama.block_count"), 4, struct.pack("<I", 2**31 - 1))
+    good.gguf.write_bytes(edit(good.gguf.read_bytes()))
+    refused(good, call, verb, good.words(verb, good.gguf), good.gguf, "more layers than the file has tensors")
 
 
 def test_gguf_in_chat(good: Materials, call: Callable[[list[str]], Done]) -> None:
@@ -378,6 +480,63 @@ def test_a_gguf_of_another_architecture(good: Materials, call: Callable[[list[st
     good.gguf.write_bytes(edit(good.gguf.read_bytes()))
     says = ("unsupported architecture; found mamba; expected one of", "llama")
     refused(good, call, verb, good.words(verb, good.gguf), good.gguf, *says)
+
+
+# Certificates
+
+
+@pytest.fixture
+def proved(good: Materials) -> tuple[Path, Path]:
+    """A packed file and the certificate beside it."""
+    out = good.place.parent / "proved.gguf"
+    lowbit.pack(good.folder, "q4_0", out, certificate=True)
+    return out, out.with_name(out.name + ".certificate.json")
+
+
+def with_stated(**changes: Any) -> Edit:
+    return lambda data: json.dumps(json.loads(data) | changes).encode()
+
+
+BAD_CERTIFICATES: dict[str, tuple[Edit, str]] = {
+    "empty": (lambda data: b"", "not valid JSON"),
+    "cut": (lambda data: data[:-20], "not valid JSON"),
+    "of another format": (with_stated(format="lowbit-run/1"), "not a certificate; found lowbit-run/1"),
+    "of another file": (with_stated(artifact_sha256="0" * 64), "the certificate is of another file"),
+    "of no file": (with_stated(artifact_sha256=[{}]), "the certificate is of another file"),
+    "that claims more": (with_stated(totals={"blocks": 1, "exact": 1}), "the certificate does not say what is so"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CERTIFICATES)
+def test_a_certificate(
+    good: Materials, call: Callable[[list[str]], Done], proved: tuple[Path, Path], case: str
+) -> None:
+    (artifact, certificate), (edit, says) = proved, BAD_CERTIFICATES[case]
+    certificate.write_bytes(edit(certificate.read_bytes()))
+    before = snapshot(good.place.parent)
+    words = ["pack", "--quiet", "--verify", str(artifact), "--source", str(good.folder)]
+    check_line(call([*words, "--json", str(good.out("inspect"))]), certificate, says)
+    assert snapshot(good.place.parent) == before
+
+
+def test_a_certificate_after_the_file_was_changed(
+    good: Materials, call: Callable[[list[str]], Done], proved: tuple[Path, Path]
+) -> None:
+    artifact, certificate = proved
+    artifact.write_bytes(artifact.read_bytes()[:-1] + b"\0")
+    before = snapshot(good.place.parent)
+    words = [
+        "pack",
+        "--quiet",
+        "--verify",
+        str(artifact),
+        "--source",
+        str(good.folder),
+        "--json",
+        str(good.out("inspect")),
+    ]
+    check_line(call(words), certificate, "of another file, or the file was changed since", "Pack again")
+    assert snapshot(good.place.parent) == before
 
 
 # Texts

@@ -17,7 +17,8 @@ from lowbit.checkpoint.gguf_file import GgufFile
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
-NAMED = {"reference.gguf", "naive-q4_0.gguf", "model-q4_0.gguf", "lowbit.json", "report.html"}
+CERTIFICATE = "model-q4_0.gguf.certificate.json"
+NAMED = {"reference.gguf", "naive-q4_0.gguf", "model-q4_0.gguf", CERTIFICATE, "lowbit.json", "report.html"}
 KEPT = {"calibrated-q4_0.gguf", "checkpoint", "work"}
 FIGURES = ("perplexity", "kld_mean", "kld_p99", "top1", "rms_delta_p")
 
@@ -51,6 +52,7 @@ def test_the_named_files_and_the_report_last(shipped: tuple[Path, subprocess.Com
     assert not list(run.rglob("*.partial"))
     assert done.stdout == f"{(run / 'report.html').resolve()}\n"
     assert "Distilling" in done.stderr and "99th percentile KLD" in done.stderr
+    assert "blocks are what training ended on, bit for bit" in done.stderr
     assert json.loads((run.parent / "run.json").read_text()) == json.loads((run / "lowbit.json").read_text())
 
 
@@ -86,6 +88,20 @@ def test_the_record(run: Path) -> None:
     # The middle phase's figure is the middle file's.
     assert record["training"]["phases"][1]["kld"] == measured["calibrated-q4_0.gguf"]["kld_mean"]
     assert measured["calibrated-q4_0.gguf"]["kld_mean"]["value"] < measured["naive-q4_0.gguf"]["kld_mean"]["value"]
+
+
+def test_every_block_of_the_product_is_certified(run: Path, lowbit_command: Command) -> None:
+    certificate = json.loads((run / CERTIFICATE).read_text(encoding="utf-8"))
+    totals = certificate["totals"]
+    assert totals["blocks"] == totals["exact"] > 0 == totals["off_lattice"] == totals["within_scale_rounding"]
+    q4_0 = [tensor for tensor in certificate["tensors"] if tensor["type"] == "q4_0"]
+    assert len(q4_0) == 2 * 7 and all(tensor["exact"] == tensor["blocks"] > 0 for tensor in q4_0)
+    record = json.loads((run / "lowbit.json").read_text(encoding="utf-8"))
+    assert certificate["artifact_sha256"] == record["files"]["model-q4_0.gguf"]["sha256"]
+    assert record["certificate"]["totals"] == totals and set(record["certificate"]["types"]) == {"q4_0", "q8_0", "f32"}
+    assert f"100% of {totals['blocks']:,} blocks of the shipped file" in (run / "report.html").read_text("utf-8")
+    done = lowbit_command("pack", "--verify", run / "model-q4_0.gguf", "--source", run / "checkpoint", "--json", "-")
+    assert json.loads(done.stdout)["totals"] == totals
 
 
 def test_the_product_is_no_larger_than_the_naive_file(run: Path) -> None:

@@ -22,6 +22,10 @@ def sha(name: str) -> str:
     return hashlib.sha256(f"fixture {name}".encode()).hexdigest()
 
 
+def proof(blocks: int) -> dict[str, int]:
+    return {"blocks": blocks, "exact": blocks, "within_scale_rounding": 0, "off_lattice": 0}
+
+
 def artifact(
     name: str, size: int, values: tuple[float, ...] | None, prompt: float, generation: float
 ) -> dict[str, Any]:
@@ -99,6 +103,12 @@ def record() -> dict[str, Any]:
         },
         "stages": [{"name": name, "seconds": s} for name, s in (("train", 181.2), ("pack", 6.1), ("measure", 88.4))],
         "files": files,
+        "certificate": {
+            "file": "model-q4_0.gguf.certificate.json",
+            "source": "checkpoint",
+            "totals": proof(4202557),
+            "types": {"q8_0": proof(884736), "q4_0": proof(3317760), "f32": proof(61)},
+        },
         "training": {
             "minutes": 3,
             "phases": [

@@ -74,6 +74,19 @@ def test_figures_without_machine_or_hash_are_left_out(sample: dict[str, Any], ru
     assert [a.role for a in shown(unhashed).artifacts] == ["reference"]
 
 
+def test_the_certificate_is_never_rounded_up(sample: dict[str, Any], run_dir: Path) -> None:
+    assert shown(sample).proved == "100% of 4,202,557"
+    assert "model-q4_0.gguf.certificate.json" in report.render(sample, run_dir)
+    totals = sample["certificate"]["totals"]
+    totals["exact"] -= 1
+    assert shown(sample).proved == "99.99% of 4,202,557"
+    sample["certificate"]["types"]["q4_0"] |= {"exact": 1, "off_lattice": 3317759}
+    [_, q4_0, _] = shown(sample).proofs
+    assert (q4_0.exact, q4_0.off_lattice, q4_0.within_scale_rounding) == ("0.01%", "99.99%", "0")
+    del sample["certificate"]
+    assert shown(sample).proved == "" and "Certificate" not in report.render(sample, run_dir)
+
+
 def test_commands_quote_the_path() -> None:
     made = dict(report.commands("/tmp/it's here/model.gguf", "Org/Name (v1)", "q4_0"))
     assert made["LM Studio"] == "lms import --copy '/tmp/it'\"'\"'s here/model.gguf'"

@@ -260,7 +260,10 @@ def write_header(handle: BinaryIO, fields: Sequence[Field], tensors: Iterable[Te
 
 
 def _string(text: str) -> bytes:
-    data = text.encode("utf-8", "surrogateescape")
+    try:
+        data = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError as error:  # JSON can name half of a character
+        raise BadFile("a text that is no Unicode cannot be written", found=ascii(text)[:60]) from error
     return struct.pack("<Q", len(data)) + data
 
 

@@ -135,6 +135,12 @@ class Checkpoint:
         grid, raw = self.info(name).grid, self.block_rows(name, start, stop)
         return None if grid is None or raw is None else (grid, grids.get(grid).unpack(raw))
 
+    def stored_rows(self, name: str, start: int, stop: int) -> np.ndarray | None:
+        """Rows ``start`` to ``stop`` of the tensor as the GGUF that this checkpoint is has them, float32: in its order
+        and with its offset, without the way to Hugging Face's and back, on which a norm's last bits are lost. None for
+        a folder."""
+        return None
+
     def gguf_metadata(self) -> list[Field] | None:
         """Every key-value of the GGUF that this checkpoint comes from, untouched; None if there is none."""
         return None
@@ -172,6 +178,7 @@ class GgufCheckpoint(Checkpoint):
             raise Unsupported("a GGUF split into several files", where=path, found=values["split.count"], hint=hint)
         family = families.by_arch(values.get("general.architecture"), path)
         shapes = {name: entry.shape for name, entry in self._file.entries.items()}
+        _check_layers(path, values.get(f"{family.arch}.block_count"), len(shapes))
         config = family.config_from_gguf(values, shapes, path)
         known = {spec.gguf_name for spec in family.tensors(config)}
         for name in self._file.entries:
@@ -196,7 +203,7 @@ class GgufCheckpoint(Checkpoint):
     def info(self, name: str) -> TensorInfo:
         spec = self._spec(name)
         dtype = self._file.entries[spec.gguf_name].dtype
-        return _info(spec, dtype, _grid_of(dtype))
+        return _info(spec, dtype, _grid_of(dtype) if len(spec.shape) > 1 else None)
 
     @property
     def files(self) -> tuple[TensorFile, ...]:
@@ -208,13 +215,17 @@ class GgufCheckpoint(Checkpoint):
         values = pick_rows(
             spec.hf_rows(), start, stop, lambda a, b: self._decode(spec.gguf_name, a, b), of_vector=is_vector
         )
-        return values - np.float32(spec.gguf_offset) if spec.gguf_offset else values
+        with np.errstate(invalid="ignore"):
+            return values - np.float32(spec.gguf_offset) if spec.gguf_offset else values
 
     def block_rows(self, name: str, start: int, stop: int) -> np.ndarray | None:
         spec = self._spec(name)
         if self.info(name).grid is None:
             return None
         return pick_rows(spec.hf_rows(), start, stop, lambda a, b: self._file.read_rows(spec.gguf_name, a, b))
+
+    def stored_rows(self, name: str, start: int, stop: int) -> np.ndarray | None:
+        return self._decode(self._spec(name).gguf_name, start, stop)
 
     def gguf_metadata(self) -> list[Field] | None:
         return list(self._file.fields)
@@ -252,8 +263,11 @@ class FolderCheckpoint(Checkpoint):
         self._scheme = schemes.scheme_of(config, config_path)
         for key in schemes.KEYS:
             config.pop(key, None)
-        super().__init__(path, "safetensors", family.text_config(config, config_path), family)
+        checked = family.text_config(config, config_path)
         self._files = safetensors_file.open_folder(path)
+        parts = (checked, *(part for part in checked.values() if isinstance(part, dict)))  # a drafter's, a tower's
+        _check_layers(config_path, [part.get("num_hidden_layers") for part in parts], len(self._files))
+        super().__init__(path, "safetensors", checked, family)
         self._packed = self._scheme.matrices(self._files) if self._scheme else set()  # by stored name
         stored_names = self._files.keys() | self._packed
         self._stored = {name: family.stored_name(name, stored_names) for name in self.names}
@@ -289,7 +303,7 @@ class FolderCheckpoint(Checkpoint):
         tensors = self.manifest.get("tensors", {})
         if not isinstance(tensors, dict) or not all(isinstance(t, dict) for t in tensors.values()):
             raise BadFile("tensors is not a map of objects", where=where)
-        self._grids = {name: entry["grid"] for name, entry in tensors.items() if entry.get("grid")}
+        self._grids = {name: entry["grid"] for name, entry in tensors.items() if isinstance(entry.get("grid"), str)}
         if not self._grids:
             return
         self._blocks = SafetensorsFile(path / BLOCKS)
@@ -297,7 +311,7 @@ class FolderCheckpoint(Checkpoint):
             spec, entry = self._spec(name), self._blocks.entries.get(name)
             grid = grids.get(grid_name)
             expected = (spec.n_rows, spec.shape[-1] // grid.block_size * grid.block_bytes)
-            if entry is None or entry.dtype != "U8" or entry.shape != expected:
+            if len(spec.shape) < 2 or entry is None or entry.dtype != "U8" or entry.shape != expected:
                 found = f"{entry.dtype} {entry.shape}" if entry else "nothing"
                 raise BadFile(
                     f"the {grid_name} blocks are not there",
@@ -308,13 +322,16 @@ class FolderCheckpoint(Checkpoint):
 
     @property
     def name(self) -> str:
-        source = self.manifest.get("source", {}).get("name")
-        return _text(source) or _text(self.config.get("_name_or_path")) or _folder_name(self.path.resolve())
+        return (
+            _text(self._source.get("name"))
+            or _text(self.config.get("_name_or_path"))
+            or _folder_name(self.path.resolve())
+        )
 
     @property
     def license(self) -> str | None:
         if self.manifest:
-            return _text(self.manifest.get("source", {}).get("license"))
+            return _text(self._source.get("license"))
         card = self.path / "README.md"
         if not card.is_file() or card.stat().st_size > 1 << 20:
             return None
@@ -324,6 +341,11 @@ class FolderCheckpoint(Checkpoint):
     @property
     def tokenizer_source(self) -> Path:
         return self.path / METADATA if self._metadata else self.path
+
+    @property
+    def _source(self) -> dict[str, Any]:
+        source = self.manifest.get("source")
+        return source if isinstance(source, dict) else {}
 
     def info(self, name: str) -> TensorInfo:
         spec = self._spec(name)
@@ -407,6 +429,19 @@ def _info(spec: TensorSpec, dtype: str, grid: str | None) -> TensorInfo:
     return TensorInfo(
         name=spec.name, gguf_name=spec.gguf_name, role=spec.role, shape=spec.shape, dtype=dtype, grid=grid
     )
+
+
+def _check_layers(where: Path, layers: object, n_tensors: int) -> None:
+    """Refuses more layers than there are tensors, before each layer's tensors are listed."""
+    for n in layers if isinstance(layers, list) else [layers]:
+        if isinstance(n, int) and n > n_tensors:
+            raise BadFile(
+                "more layers than there are tensors",
+                where=where,
+                found=n,
+                expected=f"at most {n_tensors}",
+                hint="The download is incomplete, or of another model",
+            )
 
 
 def _check_shape(path: Path, spec: TensorSpec, entry: Entry | None, stored: str) -> None:

@@ -62,7 +62,9 @@ class Scheme(ABC):
     def read_rows(self, files: Files, name: str, start: int, stop: int) -> np.ndarray:
         """Rows of the matrix's values, float32 (stop - start, n)."""
         with np.errstate(over="ignore", invalid="ignore"):  # whoever reads the values checks that they are finite
-            values: np.ndarray = grids.get(self.grid(files, name)).dequantize(self.coded_rows(files, name, start, stop))
+            coded = self.coded_rows(files, name, start, stop)
+        with np.errstate(over="ignore", invalid="ignore"):  # whoever uses the values checks that they are finite
+            values: np.ndarray = grids.get(self.grid(files, name)).dequantize(coded)
         return values
 
 

@@ -145,12 +145,12 @@ def open_folder(folder: Path) -> dict[str, SafetensorsFile]:
         if name not in shards[shard].entries:
             raise BadFile("the index names a tensor that its shard lacks", where=f"{folder / shard}: {name}")
         owners[name] = shards[shard]
-    for shard, file in shards.items():
+    for file in shards.values():
         for name in file.entries:
             if owners.get(name) is not file:
                 raise BadFile(
                     "a shard holds a tensor that the index places elsewhere",
-                    where=f"{folder / shard}: {name}",
+                    where=f"{file.path}: {name}",
                     found=f"{owners[name].path.name} in the index" if name in owners else "nothing in the index",
                     hint=_REDOWNLOAD,
                 )
@@ -199,7 +199,8 @@ def to_float32(raw: np.ndarray, dtype: str, shape: tuple[int, ...], where: objec
     if dtype == "BF16":
         values = np.left_shift(raw.view("<u2"), 16, dtype=np.uint32).view(np.float32)
     elif dtype in _NUMPY:
-        values = raw.view(_NUMPY[dtype]).astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):  # whoever uses the values checks that they are finite
+            values = raw.view(_NUMPY[dtype]).astype(np.float32)
     else:
         raise Unsupported(
             "the weights are not floating point", where=where, found=dtype, expected="F32, F16 or BF16",

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowbit.units import format_bytes
+from lowbit.units import format_bytes, format_share
 
 _COUNTS = ("blocks", "exact", "within_scale_rounding", "off_lattice")
 _WIDTH = 180  # where there is no terminal to ask
@@ -40,8 +40,11 @@ def show_certificate(certificate: Mapping[str, Any], stream: IO[str]) -> None:
         table.add_row(_plain(times + kind), _plain(stored), _plain(said), *counts, f"{largest:.3g}" if largest else "0")
     console = _console(stream)
     console.print(table)
-    share = _percent(totals["exact"], totals["blocks"])
-    line = f"{certificate['artifact']}: {share} of {totals['blocks']:,} blocks are the source, bit for bit"
+    share = format_share(totals["exact"], totals["blocks"])
+    line = f"{certificate['artifact']}: {share} of {totals['blocks']:,} blocks give the source back, bit for bit"
+    uncompared = sum(tensor["note"] is not None for tensor in certificate["tensors"])
+    if uncompared:
+        line += f"; {uncompared} tensor{'s' if uncompared > 1 else ''} could not be compared"
     console.print(_plain(line))
 
 
@@ -91,14 +94,7 @@ def kind_of(name: str) -> str:
 
 
 def _count(value: int, blocks: int, key: str) -> str:
-    return f"{value:,}" if key == "blocks" else _percent(value, blocks)
-
-
-def _percent(value: int, whole: int) -> str:
-    """Never 100% nor 0% where it is not all or nothing."""
-    if not whole or value in (0, whole):
-        return "100%" if whole and value == whole else "0"
-    return f"{min(99.99, max(0.01, 100 * value / whole)):.2f}%"
+    return f"{value:,}" if key == "blocks" else format_share(value, blocks)
 
 
 def _plain(value: str) -> Text:

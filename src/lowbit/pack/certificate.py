@@ -23,7 +23,7 @@ from lowbit.checkpoint.projector import open_projector
 from lowbit.checkpoint.projectors import Projector
 from lowbit.errors import BadFile, LowbitError, NotFound, Unsupported
 from lowbit.pack import model_folder
-from lowbit.pack.proof import FolderTensor, GgufTensor, Tensor, TensorProof, prove_tensors
+from lowbit.pack.proof import FolderTensor, GgufTensor, Tensor, TensorProof, prove_computed, prove_tensors
 from lowbit.threads import in_order, keep_freed_memory, thread_count
 
 FORMAT = "lowbit-certificate/1"
@@ -88,11 +88,8 @@ def verify(artifact: str | Path, source: Checkpoint | str | Path, *, threads: in
     _open(path, source).close()  # a damaged file is to be called that, and not another than its certificate's
     stated = _stated(path)
     proved = prove(path, source, threads=threads)
-    if stated and stated.get("source_sha256") == proved.source_sha256 and stated.get("totals") != proved.totals:
-        raise BadFile(
-            "the certificate does not say what is so",
-            where=path_beside(path), found=str(stated.get("totals"))[:200], expected=proved.totals, hint="Remove it",
-        )  # fmt: skip
+    if stated and stated.get("source_sha256") == proved.source_sha256:
+        _check_stated(stated, proved, path_beside(path))
     return proved
 
 
@@ -114,6 +111,9 @@ def prove(artifact: Path, source: Checkpoint, *, final: Path | None = None, thre
     label, threads = final or artifact, thread_count(threads)
     with contextlib.closing(_open(artifact, source)) as opened:
         tensors = prove_tensors(_tensors(opened, source, str(label)), source.n_weights, threads)
+        if isinstance(opened, GgufFile):
+            computed = source.family.computed(source.config)
+            tensors += [prove_computed(opened, name, values, f"{label}: {name}") for name, values in computed.items()]
         tensors += [
             TensorProof(name=_utf8(name), type=kind.lower(), note="the source has no such tensor")
             for name, kind in _extra(opened, source)
@@ -187,6 +187,25 @@ def _stated(artifact: Path) -> dict[str, Any] | None:
             hint="Pack again, or remove the certificate to prove the file as it is",
         )  # fmt: skip
     return stated
+
+
+def _check_stated(stated: dict[str, Any], proved: Certificate, where: Path) -> None:
+    """Raises BadFile where a certificate of this file and source counts otherwise than what is proved."""
+    counts = ("name", "blocks", "exact", "within_scale_rounding", "off_lattice")
+    ours = [{key: tensor[key] for key in counts} for tensor in proved.to_json()["tensors"]]
+    tensors = stated.get("tensors")
+    theirs = (
+        [{key: t.get(key) for key in counts} for t in tensors if isinstance(t, dict)]
+        if isinstance(tensors, list)
+        else []
+    )
+    if stated.get("totals") == proved.totals and theirs == ours:
+        return
+    wrong = next((t for t in theirs if t not in ours), stated.get("totals"))
+    raise BadFile(
+        "the certificate does not say what is so",
+        where=where, found=str(wrong)[:200], expected=proved.totals, hint="Remove it",
+    )  # fmt: skip
 
 
 def _open(artifact: Path, source: Checkpoint) -> GgufFile | Checkpoint:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from lowbit import grid as grids
 from lowbit.checkpoint import Checkpoint
 from lowbit.checkpoint.families.base import TensorSpec
 from lowbit.checkpoint.gguf_file import GgufFile
-from lowbit.errors import LowbitError
+from lowbit.errors import BadFile, LowbitError
 from lowbit.grid._mlx_affine import MlxAffine
 from lowbit.grid.base import Blocks, Grid
 from lowbit.pack import identify, lattice
@@ -63,6 +64,23 @@ def prove_tensors(tensors: Sequence[Tensor], n_weights: int, threads: int) -> li
             found.tensor.add(found)
             bar.advance(found.n_weights)
     return [tensor.proof() for tensor in tensors]
+
+
+def prove_computed(file: GgufFile, name: str, values: np.ndarray, where: str) -> TensorProof:
+    """The proof of a tensor that the source's config gives (rotary frequencies). Raises BadFile where the file does not
+    have it in F32 and this shape."""
+    entry = file.entries.get(name)
+    if entry is None or entry.dtype != "F32" or entry.shape != values.shape:
+        found = f"{entry.dtype} {list(entry.shape)}" if entry else "nothing"
+        raise BadFile("not what the source's config gives", where=where, found=found, expected=f"F32 {[*values.shape]}")
+    grid, n_rows = grids.get("f32"), math.prod(values.shape[:-1])
+    stored = grid.unpack(file.read_rows(name, 0, n_rows))
+    status, error = _compare(values.reshape(n_rows, -1), stored, grid, "F32", where)
+    exact = int((status == lattice.EXACT).sum())
+    return TensorProof(
+        name=name, type="f32", source_dtype="computed", rounded_to="F32",
+        blocks=status.size, exact=exact, off_lattice=status.size - exact, max_error=error,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,9 @@ _Rows = Callable[[Checkpoint, TensorSpec, int, int], np.ndarray]
 def file_rows(checkpoint: Checkpoint, spec: TensorSpec, start: int, stop: int) -> np.ndarray:
     """Rows of the tensor in GGUF's shape seen as (rows, n), a vector as one row: float32 (stop - start, n). Raises
     BadFile on NaN or Inf."""
-    values = spec.gguf_values(lambda a, b: checkpoint.read_rows(spec.name, a, b), start, stop)
+    values = checkpoint.stored_rows(spec.name, start, stop)
+    if values is None:
+        values = spec.gguf_values(lambda a, b: checkpoint.read_rows(spec.name, a, b), start, stop)
     grids.check_finite(values, f"{checkpoint.path}: {spec.name}")
     return values
 

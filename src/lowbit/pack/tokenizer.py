@@ -70,10 +70,11 @@ def metadata(folder: Path, config: Mapping[str, Any], vocab_size: int, *, spm_mo
         fields += _special_ids(settings, config, vocab)
         fields += _added_at_ends(tokenizer, settings, always_bos=kind is _gemma4)
         fields += _suppressed(folder / "generation_config.json", vocab)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        fields += _chat_template(folder, settings)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RecursionError) as error:
         # The file's structure is a stranger's: any surprise in it means the same thing.
         raise BadFile("not the structure of a tokenizer.json", where=path, found=repr(error)[:80]) from error
-    return fields + _chat_template(folder, settings)
+    return fields
 
 
 def _byte_level(path: Path, tokenizer: Mapping[str, Any], vocab_size: int) -> tuple[list[Field], _Vocab]:
@@ -278,7 +279,10 @@ def _suppressed(path: Path, vocab: _Vocab) -> list[Field]:
 
 def _chat_template(folder: Path, settings: Mapping[str, Any]) -> list[Field]:
     file = folder / "chat_template.jinja"
-    template: Any = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
+    try:
+        template: Any = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
+    except UnicodeDecodeError as error:
+        raise BadFile("not UTF-8", where=file, found=error) from error
     if isinstance(template, list):  # several named templates; llama.cpp uses the one called default
         named = {t["name"]: t["template"] for t in template if isinstance(t, dict) and {"name", "template"} <= set(t)}
         template = named.get("default")

@@ -29,6 +29,8 @@ def show(record: Mapping[str, Any], stream: IO[str]) -> None:
     if seen.ratio:
         line = f"mean KLD: {seen.ratio.short} of naive Q4_0's (95% {seen.ratio.interval}, n = {seen.ratio.n:,})"
         console.print(_plain(line))
+    if seen.proved:
+        console.print(_plain(f"certificate: {seen.proved} blocks are what training ended on, bit for bit"))
     for line in seen.left_out:
         console.print(_plain(line))
 

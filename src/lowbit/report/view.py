@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.report.figures import Figure, figure, mapping, number, sequence, text
-from lowbit.units import format_bytes, format_duration
+from lowbit.units import format_bytes, format_duration, format_share
 
 # Order and words of the artifacts wherever they stand side by side.
 TITLES = {"reference": "reference", "naive": "naive Q4_0", "calibrated": "calibrated", "model": "this model"}
@@ -60,6 +60,17 @@ class File:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Proof:
+    """What the certificate says of the product's tensors of one type: blocks, and the shares of them."""
+
+    type: str
+    blocks: str
+    exact: str
+    within_scale_rounding: str
+    off_lattice: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Phase:
     name: str
     series: str
@@ -91,6 +102,9 @@ class View:
     data_sources: list[tuple[str, str]]
     data_tokens: list[tuple[str, str]]
     files: list[File]
+    proofs: list[Proof]
+    proved: str
+    certificate: str
     source: list[tuple[str, str]]
     machine: list[tuple[str, str]]
     options: list[tuple[str, str]]
@@ -115,7 +129,7 @@ class View:
 def build(record: dict[str, Any], run_dir: Path) -> View:
     """Reads the record of the run folder ``run_dir``; never raises on what a record may hold."""
     model, training, measured = (mapping(record.get(key)) for key in ("model", "training", "measure"))
-    files = mapping(record.get("files"))
+    files, certificate = mapping(record.get("files")), mapping(record.get("certificate"))
     recipe = text(record.get("recipe")) or "q4_0"
     product = _product(files, recipe)
     left_out: list[str] = []
@@ -150,6 +164,9 @@ def build(record: dict[str, Any], run_dir: Path) -> View:
         ]
         + _how_trained(training),
         files=_files(files),
+        proofs=[_proof(kind, mapping(raw)) for kind, raw in mapping(certificate.get("types")).items()],
+        proved=_proved(mapping(certificate.get("totals"))),
+        certificate=text(certificate.get("file")),
         source=_source(model),
         machine=machine,
         options=_pairs(record.get("options")),
@@ -310,6 +327,20 @@ def _files(files: dict[str, Any]) -> list[File]:
             )
         )
     return shown
+
+
+def _proof(kind: str, counts: dict[str, Any]) -> Proof:
+    blocks = number(counts.get("blocks")) or 0
+    keys = ("exact", "within_scale_rounding", "off_lattice")
+    return Proof(
+        type=kind, blocks=f"{blocks:,.0f}", **{key: format_share(number(counts.get(key)) or 0, blocks) for key in keys}
+    )
+
+
+def _proved(totals: dict[str, Any]) -> str:
+    """'100% of 12,345'; "" where the record has no certificate."""
+    blocks, exact = number(totals.get("blocks")), number(totals.get("exact"))
+    return f"{format_share(exact, blocks)} of {blocks:,.0f}" if blocks and exact is not None else ""
 
 
 def _source(model: dict[str, Any]) -> list[tuple[str, str]]:

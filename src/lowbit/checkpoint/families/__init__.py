@@ -37,6 +37,9 @@ def by_config(config: dict[str, Any], where: object) -> Family:
     if not isinstance(model_type, str):
         raise BadConfig("missing key model_type", where=where, hint="Is this a Hugging Face model's config.json?")
     architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        what, found = "bad value for architectures", repr(architectures)[:60]
+        raise BadConfig(what, where=where, found=found, expected="a list of class names")
     for family in _families().values():
         if model_type in family.model_types and set(architectures) <= set(family.architectures):
             return family

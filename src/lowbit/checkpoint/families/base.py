@@ -28,6 +28,7 @@ HARMLESS_KEYS = frozenset({
     "torchscript", "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache",
 })  # fmt: skip
 _MAX_SIZE = 1 << 31
+_MAX_NUMBER = 2.0**127
 
 ReadRows = Callable[[int, int], np.ndarray]
 
@@ -83,7 +84,8 @@ class TensorSpec:
         (first, last) to these rows of Hugging Face's, float32 of the caller's own."""
         values = pick_rows(self.gguf_rows(), start, stop, read, of_vector=len(self.shape) == 1)
         if self.gguf_offset:
-            values += np.float32(self.gguf_offset)
+            with np.errstate(invalid="ignore"):  # whoever uses the values checks that they are finite
+                values += np.float32(self.gguf_offset)
         return values
 
 
@@ -249,7 +251,8 @@ class Keys:
 
 def positive(key: str, value: Any, where: object) -> float:
     """``value`` as a float, if it is a finite number above zero."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+    # Numbers end up as float32 in the file and in the model, which JSON's own may be far beyond.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _MAX_NUMBER:
         raise BadConfig(f"bad value for {key}", where=where, found=repr(value)[:60], expected="a positive number")
     return float(value)
 
@@ -279,9 +282,9 @@ def rope_parameters(
     if not isinstance(value, dict):
         raise BadConfig(f"bad value for {key}", where=where, found=repr(value)[:60], expected="an object")
     rest = dict(value)
-    kinds = {k for k in (rest.pop("rope_type", None), rest.pop("type", None)) if k is not None} or {"default"}
-    kind = kinds.pop()
-    if kinds or kind not in allowed:
+    kinds = [k for k in (rest.pop("rope_type", None), rest.pop("type", None)) if k is not None] or ["default"]
+    kind = kinds[0]
+    if kinds[-1] != kind or not isinstance(kind, str) or kind not in allowed:
         raise Unsupported(f"{key} has an unsupported rope_type", where=where, found=kind, expected=list(allowed))
     result = {"rope_type": kind, "rope_theta": positive(f"{key}.rope_theta", rest.pop("rope_theta", theta), where)}
     if "partial_rotary_factor" not in allowed[kind] and rest.pop("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
@@ -333,7 +336,7 @@ class Gguf:
         value = self.get(key, default)
         if value is None:
             raise BadFile(f"missing key {self.arch}.{key}", where=self.where)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _MAX_NUMBER:
             raise BadFile(f"bad value for {self.arch}.{key}", where=self.where, found=repr(value)[:60])
         # The file has float32 where the config had a decimal: 9.999999747378752e-06 was written as 1e-05.
         return float(np.format_float_scientific(np.float32(value), unique=True))

@@ -176,10 +176,11 @@ class Llama(Family):
 
     def adopt_computed(self, config: dict[str, Any], name: str, values: np.ndarray, where: object) -> None:
         """Finds the released rope setting that gives a GGUF's rope_freqs."""
-        for setting in _LLAMA3_RELEASED if name == _ROPE_FREQS else ():
+        head_dim = _head_dim(config)
+        fits = name == _ROPE_FREQS and values.shape == (head_dim // 2,)  # the config may claim any size still
+        for setting in _LLAMA3_RELEASED if fits else ():
             rope = config["rope_parameters"] | {"rope_type": "llama3"} | setting
-            factors = _llama3_factors(rope, _head_dim(config))
-            if factors.shape == values.shape and np.allclose(factors, values, rtol=1e-5):
+            if np.allclose(_llama3_factors(rope, head_dim), values, rtol=1e-5):
                 config["rope_parameters"] = rope
                 return
         raise Unsupported("this tensor does not follow from a known config", where=f"{where}: {name}")
