@@ -311,7 +311,7 @@ LIES: dict[str, tuple[dict[str, Any], str, type[LowbitError], str]] = {
     "no pattern": ({"gemma4.attention.sliding_window_pattern": None}, "", BadFile, "sliding_window_pattern"),
     "a short pattern": ({"gemma4.attention.sliding_window_pattern": [True]}, "", BadFile, "sliding_window_pattern"),
     "only windows": ({"gemma4.attention.sliding_window_pattern": [True] * 6}, "", Unsupported, "layer_types"),
-    "more layers": ({"gemma4.block_count": 1 << 30}, "", BadFile, "more layers than tensors"),
+    "more layers": ({"gemma4.block_count": 1 << 30}, "", BadFile, "more layers than the file has tensors"),
     "huge heads": ({"gemma4.attention.key_length": 1 << 30, "gemma4.attention.value_length": 1 << 30,
                     "gemma4.rope.dimension_count": 1 << 30}, "", Unsupported, "rope_freqs"),
     "sizes without a rule": ({"gemma4.feed_forward_length": [96, 96, 96, 192, 96, 192]}, "", Unsupported, "no rule"),

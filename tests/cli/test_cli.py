@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -164,7 +165,7 @@ def test_version_and_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("lowbit 0.")
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(f"\n    {verb} " in out for verb in VERBS)
+    assert all(re.search(rf"\n    {verb}\s", out) for verb in VERBS)
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_killed_again_and_again(model: Path, tmp_path: Path, small_slices: None)
     expected = lowbit.pack(model, "q4_0", tmp_path / "undisturbed.gguf").path.read_bytes()
     out, before = tmp_path / "x.gguf", 0
     for _ in range(100):
-        if not killed_at(model, out, 40):
+        if not killed_at(model, out, 40) or out.exists():  # killed after its last name is done too
             break
         assert whole_parts(out) >= before
         before = whole_parts(out)

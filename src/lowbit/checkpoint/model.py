@@ -436,7 +436,7 @@ def _check_layers(where: Path, layers: object, n_tensors: int) -> None:
     for n in layers if isinstance(layers, list) else [layers]:
         if isinstance(n, int) and n > n_tensors:
             raise BadFile(
-                "more layers than there are tensors",
+                "more layers than the file has tensors",
                 where=where,
                 found=n,
                 expected=f"at most {n_tensors}",

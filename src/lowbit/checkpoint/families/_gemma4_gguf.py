@@ -25,8 +25,6 @@ _SOFTCAP = 30.0  # llama.cpp's, where a file does not say
 def config_from_gguf(keys: Gguf, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """A text config rebuilt from a GGUF's key-values; the caller has refused unknown keys."""
     n_layers = keys.size("block_count")
-    if n_layers > len(shapes):
-        raise BadFile("more layers than tensors", where=keys.where, found=n_layers, expected=f"at most {len(shapes)}")
     pattern = keys.get("attention.sliding_window_pattern")
     if not isinstance(pattern, list) or len(pattern) != n_layers:
         what = f"bad value for {keys.arch}.attention.sliding_window_pattern"
