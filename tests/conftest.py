@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from lowbit import console
 from lowbit.checkpoint import resolve
 from lowbit.errors import NotFound
 
@@ -55,6 +56,13 @@ GEMMA4_SPECIAL = [
     "<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>",
     "<|tool_response>", "<tool_response|>", '<|"|>', "<|think|>", "<|channel>", "<channel|>", "<|turn>", "<turn|>",
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def loud() -> Iterator[None]:
+    """A test that ran a command with --quiet leaves the others their progress and log lines."""
+    yield
+    console.set_quiet(False)
 
 
 def byte_tokenizer() -> dict[str, Any]:

@@ -44,8 +44,8 @@ def moments_of(second: np.ndarray, damping: float = DAMPING) -> Moments:
 
 
 def can_compensate(grid: Grid) -> bool:
-    """Whether ``compensate`` knows the format: codes times a scale, with or without minimums, of 8 bits at most."""
-    return grid.has_scales or grid.ladder_group > 0
+    """Whether ``compensate`` knows the format: GGUF's with codes times a float16 scale, with or without minimums."""
+    return grid.ggml_type is not None and (grid.has_scales or grid.ladder_group > 0)
 
 
 def compensate(values: np.ndarray, moments: Moments, grid: Grid) -> Blocks:
