@@ -112,6 +112,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"config_groups": {"g": {"weights": WEIGHTS, "input_activations": {"num_bits": 8}}}},
         "activations",
     ),
+    "rotated": ({"transform_config": {"config_groups": {}, "a": 1}}, "transform_config"),
+    "sparse": ({"sparsity_config": {"format": "sparse-24"}}, "sparsity_config"),
+    "a quantized cache": ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
     "no groups": ({"config_groups": {}}, "config_groups"),
     "a group of nothing": ({"config_groups": {"g": None}}, "has no weights"),
     "another method": ({"quant_method": "gptq"}, "gptq"),
@@ -146,6 +149,14 @@ def test_broken_parts_are_named(packed: tuple[Path, dict[str, Any]], part: str) 
     BROKEN[part](stored)
     save_file(stored, packed[0] / "model.safetensors", {"format": "pt"})
     with pytest.raises(BadFile, match=part.replace(".", r"\.")):
+        open_checkpoint(packed[0])
+
+
+def test_a_matrix_stored_twice_is_refused(packed: tuple[Path, dict[str, Any]]) -> None:
+    stored = load_file(packed[0] / "model.safetensors")
+    stored[Q_PROJ] = torch.zeros(64, 64)
+    save_file(stored, packed[0] / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BadFile, match=r"q_proj\.weight: a matrix is stored twice"):
         open_checkpoint(packed[0])
 
 

@@ -46,6 +46,9 @@ def scheme_of(config: Mapping[str, Any], where: object) -> CompressedTensors | N
             "this quantization is not read", where=where, found=f"{method} {form}",
             expected="compressed-tensors pack-quantized", hint="Start from the unquantized checkpoint",
         )  # fmt: skip
+    for key in ("transform_config", "sparsity_config", "kv_cache_scheme"):
+        if described.get(key):  # rotated or sparse weights would be read as if they were not
+            raise Unsupported("this quantization is not read", where=where, found=f"{KEY}.{key}", expected="null")
     groups = described.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         raise BadConfig(f"{KEY} has no config_groups", where=where)
@@ -96,6 +99,8 @@ class CompressedTensors(Scheme):
     def check(self, files: Files, name: str, shape: tuple[int, ...]) -> None:
         rows, n = rows_of(name, shape)
         check_groups(name, n, self.group)
+        if name in files:
+            raise BadFile("a matrix is stored twice, packed and as it is", where=name)
         packed, scale, stored_shape = self.parts(name)
         check_part(files, packed, ("I32",), (rows, n // _PER_WORD))
         check_part(files, scale, SCALE_DTYPES, (rows, n // self.group))

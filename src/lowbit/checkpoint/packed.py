@@ -61,7 +61,8 @@ class Scheme(ABC):
 
     def read_rows(self, files: Files, name: str, start: int, stop: int) -> np.ndarray:
         """Rows of the matrix's values, float32 (stop - start, n)."""
-        values: np.ndarray = grids.get(self.grid(files, name)).dequantize(self.coded_rows(files, name, start, stop))
+        with np.errstate(over="ignore", invalid="ignore"):  # whoever reads the values checks that they are finite
+            values: np.ndarray = grids.get(self.grid(files, name)).dequantize(self.coded_rows(files, name, start, stop))
         return values
 
 
