@@ -16,8 +16,7 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import load_file, save_file
 
 import lowbit
-from lowbit import grid as grids
-from lowbit.checkpoint import Tensor, open_checkpoint, write_checkpoint
+from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import BadFile, Unsupported
 
 Make = Callable[..., Path]
@@ -112,30 +111,15 @@ def test_a_ggufs_q4_0(tiny_llama: Make, tmp_path: Path) -> None:
     assert (tmp_path / "ct" / "tokenizer.json").is_file()
 
 
-def test_what_training_ended_on(tiny_llama: Make, tmp_path: Path) -> None:
-    """lowbit's own Q4_0 blocks, on scales that no rule would choose; and those of int4_g32 itself."""
-    for grid_name in ("q4_0", "int4_g32"):
-        grid, trained = grids.get(grid_name), {}
-        with open_checkpoint(tiny_llama()) as source:
-            tensors = []
-            for name in source.names:
-                values, raw = source.read(name), None
-                if "layers" in name and values.ndim == 2:
-                    blocks = grid.quantize(values)
-                    scales = (blocks.scales.astype(np.float32) * np.float32(1.234)).astype(np.float16)
-                    blocks = trained[name] = grid.encode(values, scales)
-                    values, raw = grid.dequantize(blocks), grid.pack(blocks)
-                tensors.append(
-                    Tensor(name=name, values=values, grid=grid_name if name in trained else None, blocks=raw)
-                )
-            write_checkpoint(tmp_path / f"trained-{grid_name}", source, tensors)
-        out = tmp_path / f"ct-{grid_name}"
-        lowbit.pack(tmp_path / f"trained-{grid_name}", "int4_g32", out)
-        found = parts(out)
-        assert found.keys() == trained.keys()
-        for name, (codes, scales) in found.items():
-            assert (trained[name].codes.reshape(codes.shape) == codes.numpy()).all()
-            assert scales.dtype == torch.float16 and (trained[name].scales == scales.numpy()).all()
+@pytest.mark.parametrize("grid_name", ["q4_0", "int4_g32"])
+def test_what_training_ended_on(trained_on: Callable[[str], Any], tmp_path: Path, grid_name: str) -> None:
+    folder, trained = trained_on(grid_name)
+    lowbit.pack(folder, "int4_g32", tmp_path / "ct")
+    found = parts(tmp_path / "ct")
+    assert found.keys() == trained.keys()
+    for name, (codes, scales) in found.items():
+        assert (trained[name].codes.reshape(codes.shape) == codes.numpy()).all()
+        assert scales.dtype == torch.float16 and (trained[name].scales == scales.numpy()).all()
 
 
 def test_scales_beyond_float16_go_to_mlx_as_they_are(qat: Make, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import lowbit
 from lowbit import grid as grids
-from lowbit.checkpoint import Tensor, open_checkpoint, write_checkpoint
+from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import BadFile, BadOption, CannotWrite, NotFound, Unsupported
 from lowbit.pack import model_folder
 
@@ -126,21 +126,10 @@ def test_an_ordinary_checkpoint_gets_mlxs_rounding(tiny_llama: Make, tmp_path: P
     assert ours.keys() == naive.keys() and all(mx.array_equal(ours[name], naive[name]) for name in ours)
 
 
-def test_what_training_ended_on(tiny_llama: Make, tmp_path: Path) -> None:
+def test_what_training_ended_on(trained_on: Callable[[str], Any], tmp_path: Path) -> None:
     """Q4_0 codes plus 8 are MLX's codes; float16 scales stay float16."""
-    q4_0, trained = grids.get("q4_0"), {}
-    with open_checkpoint(tiny_llama()) as source:
-        tensors = []
-        for name in source.names:
-            values, raw = source.read(name), None
-            if "layers" in name and values.ndim == 2:
-                blocks = q4_0.quantize(values)
-                scales = (blocks.scales.astype(np.float32) * np.float32(1.234)).astype(np.float16)
-                blocks = trained[name] = q4_0.encode(values, scales)
-                values, raw = q4_0.dequantize(blocks), q4_0.pack(blocks)
-            tensors.append(Tensor(name=name, values=values, grid="q4_0" if raw is not None else None, blocks=raw))
-        write_checkpoint(tmp_path / "trained", source, tensors)
-    result = lowbit.pack(tmp_path / "trained", None, tmp_path / "mlx", to="mlx", certificate=True)
+    q4_0, (folder, trained) = grids.get("q4_0"), trained_on("q4_0")
+    result = lowbit.pack(folder, None, tmp_path / "mlx", to="mlx", certificate=True)
     arrays, values_of = in_mlx(tmp_path / "mlx")
     for name, blocks in trained.items():
         module = name.removesuffix(".weight")
