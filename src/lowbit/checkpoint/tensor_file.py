@@ -14,6 +14,9 @@ import numpy as np
 
 from lowbit.errors import BadFile
 from lowbit.files import read_at
+from lowbit.units import MIB
+
+_AHEAD = 16 * MIB
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class TensorFile:
         self.path = path
         self._handle = open(path, "rb", buffering=0)  # noqa: SIM115 - close() and the finalizer close it
         self.close = weakref.finalize(self, self._handle.close)
+        self._asked = 0  # up to which offset the kernel was asked to read
 
     @functools.cached_property
     def _map(self) -> np.ndarray:
@@ -64,7 +68,20 @@ class TensorFile:
             raise BadFile(f"cannot be read: {error.strerror or error}", where=where) from error
         if done < out.size:
             raise BadFile("the file was shortened while it was read", where=f"{self.path}: {name}")
+        if out.size >= MIB:
+            self._read_ahead(entry.start + stop)
         return out
+
+    def _read_ahead(self, at: int) -> None:
+        """Lets the kernel fetch what follows while the caller works on what it has."""
+        if not hasattr(os, "posix_fadvise"):  # macOS, Windows
+            return
+        if not at - _AHEAD <= self._asked <= at + _AHEAD:  # a jump
+            self._asked = at
+        begin = max(at, self._asked)
+        self._asked = at + _AHEAD
+        if self._asked > begin:
+            os.posix_fadvise(self._handle.fileno(), begin, self._asked - begin, os.POSIX_FADV_WILLNEED)
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows of the tensor seen as (rows, n), a vector as one row: uint8 (stop - start, row_bytes)."""
