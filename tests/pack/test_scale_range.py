@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -76,3 +77,11 @@ def test_the_range_of_scales_ends_where_rounding_does(rounded: Rounded, dtype: s
                     float(expected), abs=0.05
                 )
             assert not expected or back.all()
+
+
+def test_values_near_the_end_of_float32_are_no_warning() -> None:
+    """Found by fuzzing: the sum of code times value is beyond float32."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        w, codes = np.full((32, 1), 3e38, np.float32), np.full((32, 1), 7, np.float32)
+        assert not np.isfinite(scale_range.least_squares(w, codes))

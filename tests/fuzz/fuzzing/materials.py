@@ -17,6 +17,7 @@ from fuzzing.mutate import safetensors
 from lowbit.checkpoint import families, open_checkpoint
 from lowbit.checkpoint.write import Tensor, write_checkpoint
 from lowbit.grid import get
+from lowbit.pack import imatrix
 
 VOCAB = 16
 _SIZES: dict[str, Any] = {
@@ -78,6 +79,8 @@ def make(folder: Path) -> None:
     _train(folder / "llama.gguf", folder / "trained")
     _compress(folder / "llama", folder / "compressed")
     _record(folder / "record")
+    lowbit.pack(folder / "llama", None, folder / "mlx", to="mlx")
+    _measured(folder / "llama", folder)
 
 
 def tokenizer(kind: str) -> dict[str, Any]:
@@ -168,6 +171,23 @@ def _record(folder: Path) -> None:
     record["grids"] = dict(list(record["grids"].items())[:3])
     folder.mkdir()
     _write_json(folder / "lowbit.json", record)
+
+
+def _measured(source: Path, folder: Path) -> None:
+    """An importance matrix in both forms, and a calibration, of the checkpoint ``source``."""
+    sums = np.linspace(0.5, 2, 32, dtype=np.float32)
+    with open_checkpoint(source) as checkpoint:
+        specs = [spec for spec in checkpoint.specs.values() if spec.role not in ("norm", "embedding")]
+    entries = {spec.gguf_name: imatrix.Entry(sums[None], np.array([8])) for spec in specs}
+    for form in ("gguf", "dat"):
+        made = imatrix.Imatrix(entries=entries, datasets=("text.txt",), chunk_count=2, chunk_size=4, name="made")
+        imatrix.write(made, folder / f"imatrix.{form}", format=form)
+    tensors: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
+    for spec in specs:
+        rows = spec.shape[0]
+        tensors[f"{spec.name}.inputs"] = "F32", (32, 32), np.diag(sums).tobytes()
+        tensors[f"{spec.name}.outputs"] = "F32", (rows,), np.ones(rows, np.float32).tobytes()
+    _write_tensors(folder / "calibration.safetensors", tensors)
 
 
 def _stored(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:

@@ -34,7 +34,8 @@ from lowbit.checkpoint.model import read_json
 from lowbit.cli import tables
 from lowbit.errors import BadConfig, LowbitError
 from lowbit.inspect import inspect
-from lowbit.pack import certificate, tokenizer
+from lowbit.pack import certificate, imatrix, tokenizer
+from lowbit.pack.calibration import Calibration
 from lowbit.report import terminal, view
 
 SLOWEST = 2.0  # seconds of CPU; the usual case takes milliseconds
@@ -104,9 +105,9 @@ def _inspect(path: Path) -> None:
     tables.show_lattices(found["tensors"], io.StringIO())
 
 
-def _pack(path: Path, out: Path) -> None:
+def _pack(path: Path, out: Path, **guide: Path) -> None:
     try:
-        lowbit.pack(path, "q4_0", out, certificate=True)
+        lowbit.pack(path, "q4_0", out, certificate=True, **guide)
         GgufFile(out)
     except BaseException:
         assert not out.exists() and not list(out.parent.glob("*.partial")), "a refused file is on the disk"
@@ -273,6 +274,40 @@ def compressed(place: Place, choices: Choices) -> None:
     _use(place.put(f"compressed/{name}", change(place.good[f"compressed/{name}"], choices)).parent, place, choices)
 
 
+def mlx(place: Place, choices: Choices) -> None:
+    """An MLX folder: what config.json says of the quantization, the parts of the matrices."""
+    name = choices.of(("config.json", "model.safetensors"))
+    change = mutate_json if name == "config.json" else mutate_safetensors
+    _use(place.put(f"mlx/{name}", change(place.good[f"mlx/{name}"], choices)).parent, place, choices)
+
+
+def importance(place: Place, choices: Choices) -> None:
+    """An importance matrix, as GGUF or .dat, read and checked against the model."""
+    name = choices.of(("imatrix.gguf", "imatrix.dat"))
+    good = place.good[name]
+    if name.endswith("gguf") and choices.below(4):
+        data = mutate_pieces(gguf_pieces(good), choices)
+    else:
+        data = mutate_bytes(good, choices)
+    path = place.put(name, data)
+    if choices.one_in(8):
+        _pack(place.path("llama"), place.folder / "out.gguf", imatrix=path)
+        return
+    with open_checkpoint(place.path("llama")) as source:
+        imatrix.read(path).check_model(source)
+
+
+def calibration(place: Place, choices: Choices) -> None:
+    """A calibration, opened for the model, and packed by."""
+    name = "calibration.safetensors"
+    path = place.put(name, mutate_safetensors(place.good[name], choices))
+    if choices.one_in(4):
+        _pack(place.path("llama"), place.folder / "out.gguf", calibration=path)
+        return
+    with open_checkpoint(place.path("llama")) as source:
+        Calibration(path, source)
+
+
 def stated_certificate(place: Place, choices: Choices) -> None:
     """The certificate beside a file that is verified."""
     name = "llama.gguf.certificate.json"
@@ -298,13 +333,14 @@ def run_record(place: Place, choices: Choices) -> None:
 READERS: dict[str, Callable[[Place, Choices], None]] = {
     reader.__name__: reader
     for reader in (
-        gguf, gguf_laid_out_again, safetensors_file, shards, config, tokenizer_json, trained, compressed,
-        stated_certificate, run_record,
+        gguf, gguf_laid_out_again, safetensors_file, shards, config, tokenizer_json, trained, compressed, mlx,
+        importance, calibration, stated_certificate, run_record,
     )
 }  # fmt: skip
 # Of the cases, by how much of lowbit a reader reaches and how quick it is.
 SHARES = {name: 8 for name in READERS} | {
     "stated_certificate": 1, "run_record": 1, "gguf_laid_out_again": 3, "trained": 3, "safetensors_file": 5,
+    "mlx": 4, "importance": 4, "calibration": 3,
 }  # fmt: skip
 
 
