@@ -18,7 +18,7 @@ from lowbit import grid as grids
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.gguf_file import GgufFile
 from lowbit.cli import main
-from lowbit.errors import BadFile
+from lowbit.errors import BadFile, BadOption
 from lowbit.pack import imatrix as imatrices
 from lowbit.pack.imatrix import Entry, Imatrix
 from lowbit.run._products import Product
@@ -190,6 +190,29 @@ def test_naive_packing_under_it_is_ggmls(model: Path, collected: Path, tmp_path:
         "quantize.imatrix.entries_count": len(im.entries),
         "quantize.imatrix.chunks_count": 5,
     }
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--calibration", "x"], "a calibration holds what an imatrix does"),
+        (["--bits", "4.6"], "a mix needs a calibration"),
+        (["--to", "mlx"], "only GGUF is rounded by an imatrix or a calibration"),
+        (["--to", "compressed-tensors"], "only GGUF is rounded by an imatrix or a calibration"),
+    ],
+)
+def test_what_does_not_go_with_it(
+    model: Path, collected: Path, tmp_path: Path, capsys: Any, options: list[str], says: str
+) -> None:
+    out = tmp_path / "out"
+    assert main(["pack", str(model), "--imatrix", str(collected), *options, "-o", str(out)]) == 2
+    assert says in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_naive_rounding_knows_no_calibration(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadOption, match="naive rounding knows no calibration"):
+        lowbit.pack(model, "q4_0", tmp_path / "out.gguf", naive=True, calibration="x")
 
 
 def test_experts_of_a_gemma_4_are_rounded_under_their_own_inputs(
