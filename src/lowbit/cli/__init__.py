@@ -22,7 +22,7 @@ from lowbit.errors import LowbitError
 VERBS = {
     "ship": "train, pack, measure and report: one command to the artifact that ships",
     "train": "quantization-aware training by distillation, on the exact grid of the target format",
-    "pack": "write a checkpoint as GGUF, a tensor at a time",
+    "pack": "write a checkpoint as GGUF, MLX or compressed-tensors, with a certificate",
     "calibrate": "measure what each weight does to the output, for pack --calibration",
     "imatrix": "what matters to a model: an importance matrix, collected in llama.cpp",
     "inspect": "what is this file: architecture, tensors, types, bits per weight",

@@ -41,8 +41,7 @@ def precision(values: np.ndarray, dtype: str) -> str:
 
 def least_squares(w: np.ndarray, codes: np.ndarray) -> np.ndarray:
     """The scales, float32, that are best for given codes; NaN where all are 0."""
-    with np.errstate(invalid="ignore"):
-        with np.errstate(all="ignore"):  # values near the end of float32: their scale fits nothing
+    with np.errstate(invalid="ignore", over="ignore"):  # near the end of float32: a scale that fits nothing
         return (w * codes).sum(0) / (codes * codes).sum(0)
 
 
