@@ -188,3 +188,20 @@ def test_a_calibration_of_another_model(
     with pytest.raises(BadOption, match="needs a calibration"):
         lowbit.pack(source, "q4_0", tmp_path / "out.gguf", bits=4.5)
     assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.parametrize("layout", ["E2B", "26B-A4B"])
+def test_gemma4(tiny_gemma4: Callable[..., Path], tmp_path: Path, layout: str) -> None:
+    """Layers that share keys, embeddings of layers, experts: what has no moments is rounded as without them, and what a
+    recipe leaves in floats a mix leaves too."""
+    folder, moments = tiny_gemma4(layout), tmp_path / "moments.safetensors"
+    lowbit.calibrate(folder, moments, sequences=2, sequence_length=32, precision="float32")
+    plain = lowbit.pack(folder, "q4_0", tmp_path / "plain.gguf", calibration=moments)
+    mixed = lowbit.pack(folder, None, tmp_path / "mix.gguf", calibration=moments, bits=10)
+    for name, kind in plain.types.items():
+        assert (mixed.types[name] in ("f32", "f16", "bf16")) >= (kind in ("f32", "f16", "bf16")), name
+    with open_checkpoint(folder) as source, open_checkpoint(tmp_path / "mix.gguf") as packed:
+        scalars = [name for name in source.names if name.endswith("layer_scalar")]
+        assert scalars
+        for name in scalars:
+            assert (source.read(name) == packed.read(name)).all()

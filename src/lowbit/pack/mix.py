@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from lowbit import console
 from lowbit import grid as grids
+from lowbit import recipe as recipes
 from lowbit.checkpoint import Checkpoint
 from lowbit.checkpoint.families.base import TensorSpec
 from lowbit.errors import BadOption
@@ -70,15 +71,15 @@ def choose(
 ) -> Mix:
     """The mix whose tensors take at most ``room`` bytes. Raises BadOption where no choice of types is that small.
 
-    A matrix that the calibration does not know (experts) gets Q6_K, or Q8_0 where its rows are not blocks of 256.
+    What every recipe leaves in floats (vectors, routers) stays so, and a matrix that the calibration does not know
+    (experts) gets Q6_K, or Q8_0 where its rows are not blocks of 256.
     """
     fixed: dict[str, str] = {}
     asked: dict[str, list[str]] = {}
+    usual = recipes.get("q6_k").assign(checkpoint)
     for spec in checkpoint.specs.values():
-        if len(spec.shape) < 2:
-            fixed[spec.name] = "f32"
-        elif not calibration.knows(spec.name):
-            fixed[spec.name] = _for_row("q6_k", spec.shape[-1])
+        if grids.get(usual[spec.name]).block_size == 1 or not calibration.knows(spec.name):
+            fixed[spec.name] = usual[spec.name]
         else:
             allowed = [t for t in types if t in _HEAD] if spec.name == calibration.head else types
             asked[spec.name] = list(dict.fromkeys(_for_row(t, spec.shape[-1]) for t in allowed))

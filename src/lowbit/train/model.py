@@ -29,7 +29,7 @@ def load(checkpoint: Checkpoint) -> Any:
     config._attn_implementation = "sdpa"
     with _quiet_transformers():
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    parameters = dict(model.named_parameters())  # a tied head is not among them
+    parameters = _weights(model, checkpoint)
     differing = sorted(set(parameters) ^ set(checkpoint.names))
     if differing:
         found = f"{type(model).__name__} and the checkpoint disagree on it"
@@ -64,12 +64,19 @@ def save(model: nn.Module, folder: str | Path, *, like: Checkpoint) -> Path:
 def tensors(model: nn.Module, like: Checkpoint) -> Iterator[Tensor]:
     """Every tensor of ``like`` with the values that ``model`` computes with."""
     wrapped = {name: (module, quantizer) for name, module, quantizer in quantized(model)}
-    plain = dict(model.named_parameters())
+    plain = _weights(model, like)
     for name in like.names:
         if name in wrapped:
             yield _quantized_tensor(name, *wrapped[name])
         else:
             yield Tensor(name=name, values=plain[name].detach().float().cpu().numpy())
+
+
+def _weights(model: nn.Module, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """The model's parameters (a tied head is not among them), and the buffers that the checkpoint has: Gemma 4's
+    ``layer_scalar`` is one."""
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in checkpoint.specs}
+    return {**dict(model.named_parameters()), **buffers}
 
 
 def _quantized_tensor(name: str, module: nn.Module, quantizer: FakeQuantizer) -> Tensor:
