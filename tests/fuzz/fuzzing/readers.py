@@ -300,7 +300,9 @@ def importance(place: Place, choices: Choices) -> None:
 def calibration(place: Place, choices: Choices) -> None:
     """A calibration, opened for the model, and packed by."""
     name = "calibration.safetensors"
-    path = place.put(name, mutate_safetensors(place.good[name], choices))
+    good = place.good[name]
+    # Few changes leave a file that is read; as it is it always is.
+    path = place.put(name, good if choices.one_in(4) else mutate_safetensors(good, choices))
     if choices.one_in(4):
         _pack(place.path("llama"), place.folder / "out.gguf", calibration=path)
         return
