@@ -19,7 +19,7 @@ _NAMES = (
 )  # fmt: skip
 _MIXED = {"q4_k_m": "q4_k"}  # what most of a mix is
 _MIXED_ROLES = ("attn_q", "attn_k", "attn_v", "attn_o", "ffn_down", "experts_down")
-_FALLBACK = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}  # for rows that are not whole blocks of 256
+FALLBACK = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}  # for rows that are not whole blocks of 256
 _HEADS = ("embedding", "per_layer_embedding")  # of a model without an output head of its own
 _FLOATS = {"BF16": "bf16", "F16": "f16"}
 
@@ -84,8 +84,8 @@ class Recipe:
         grid, row = grids.get(weights), info.shape[-1]
         if is_head and grid.bits_per_weight < 8:
             grid = _head_grid(grid.name, row)
-        elif row % grid.block_size and weights in _FALLBACK:
-            grid = grids.get(_FALLBACK[weights])
+        elif row % grid.block_size and weights in FALLBACK:
+            grid = grids.get(FALLBACK[weights])
         if row % grid.block_size:
             raise Unsupported(
                 f"the rows are not whole {grid.name} blocks",

@@ -50,7 +50,7 @@ class Calibration:
             name, _, part = stored.rpartition(".")
             spec = checkpoint.specs.get(name)
             wanted = None
-            if spec is not None and len(spec.shape) == 2 and max(spec.shape[-1], 1) <= _MAX_WIDTH:
+            if spec is not None and len(spec.shape) == 2 and spec.shape[-1] <= _MAX_WIDTH:
                 rows, n = spec.shape
                 wanted = {"inputs": (n, n), "outputs": (rows,), "lookups": (rows,), "gradients": (n,)}.get(part)
             if wanted is None:
@@ -95,10 +95,10 @@ class Calibration:
 
     def has(self, name: str) -> bool:
         """Whether a tensor can be rounded by it: a matrix whose inputs were seen, and not the head."""
-        return f"{name}.inputs" in self._file.entries and f"{name}.outputs" in self._file.entries and name != self.head
+        return self.knows(name) and name != self.head
 
     def knows(self, name: str) -> bool:
-        """Whether ``cost`` can tell what errors of this tensor do."""
+        """Whether ``costs`` can tell what errors of this tensor do."""
         return f"{name}.inputs" in self._file.entries and f"{name}.outputs" in self._file.entries
 
     def moments(self, name: str) -> Moments:

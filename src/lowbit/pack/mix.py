@@ -27,8 +27,6 @@ from lowbit.threads import in_order
 from lowbit.units import format_bytes
 
 TYPES = ("q4_0", "q4_k", "q5_k", "q6_k", "q8_0", "f16")
-# What llama-quantize takes where rows are not whole blocks of 256.
-_NARROW = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 _HEAD = ("q4_k", "q5_k", "q6_k", "q8_0", "f16")  # llama-quantize never goes lower with it
 _SAMPLED_WEIGHTS = 1 << 18  # of a tensor, rounded to each type
 _UNITS = 1 << 21  # of the budget: with more, sizes are rounded up to a part of it
@@ -45,14 +43,11 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Mix:
-    """Stands where a Recipe does. ``choices``: by tensor name, what was tried of it; ``types``: what was chosen."""
+    """``choices``: by tensor name, what was tried of it; ``types``: what was chosen."""
 
     types: dict[str, str]
     choices: dict[str, tuple[Choice, ...]]
     name: str = "mix"
-
-    def assign(self, checkpoint: Checkpoint) -> dict[str, str]:
-        return dict(self.types)
 
     def table(self) -> list[dict[str, object]]:
         """A row a tensor: name, type, bytes, cost, and the cost of each type tried."""
@@ -172,7 +167,7 @@ def _parts(rows: int, n: int) -> Iterator[tuple[list[int], list[int]]]:
 
 
 def _for_row(type_: str, n: int) -> str:
-    return _NARROW.get(type_, type_) if n % grids.get(type_).block_size else type_
+    return recipes.FALLBACK.get(type_, type_) if n % grids.get(type_).block_size else type_
 
 
 def _n_bytes(spec: TensorSpec, type_: str) -> int:
