@@ -14,7 +14,8 @@ import numpy as np
 
 import lowbit
 from fuzzing.mutate import safetensors
-from lowbit.checkpoint import families, open_checkpoint
+from lowbit.checkpoint import families, open_checkpoint, projectors
+from lowbit.checkpoint.families.base import Family
 from lowbit.checkpoint.write import Tensor, write_checkpoint
 from lowbit.grid import get
 from lowbit.pack import imatrix
@@ -38,6 +39,15 @@ _GEMMA3 = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     },
 }  # fmt: skip
+_GEMMA4 = {
+    "model_type": "gemma4_text", "head_dim": 16, "global_head_dim": 32, "sliding_window": 8, "num_hidden_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"], "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size_per_layer_input": 0, "final_logit_softcapping": 30.0,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}  # fmt: skip
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": _SIZES | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "rope_theta": 1e4},
     "llama3": _SIZES | {
@@ -53,6 +63,58 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 16, "use_sliding_window": False,
         "layer_types": ["full_attention"], "rope_scaling": {"type": "linear", "factor": 2.0},
     },
+    "gemma4": _SIZES | _GEMMA4 | {  # as E2B: per-layer embeddings, shared keys and values, MLPs of double width
+        "architectures": ["Gemma4ForCausalLM"], "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True, "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": VOCAB,
+    },
+    "gemma4_moe": _SIZES | _GEMMA4 | {  # as 26B-A4B: experts, keys as values
+        "architectures": ["Gemma4ForCausalLM"], "enable_moe_block": True, "num_experts": 2, "top_k_experts": 1,
+        "moe_intermediate_size": 32, "attention_k_eq_v": True, "num_global_key_value_heads": 1,
+    },
+    "gemma4_whole": {
+        "model_type": "gemma4_unified", "architectures": ["Gemma4UnifiedForConditionalGeneration"],
+        "text_config": _SIZES | _GEMMA4 | {"model_type": "gemma4_unified_text"}, "vision_config": {"mm_embed_dim": 8},
+    },
+    "gemma4_drafter": {
+        "model_type": "gemma4_assistant", "architectures": ["Gemma4AssistantForCausalLM"],
+        "backbone_hidden_size": 64, "text_config": _SIZES | _GEMMA4 | {"num_kv_shared_layers": 2},
+    },
+}  # fmt: skip
+# Checkpoints of which an mmproj is made: towers and projectors, no text model beside them.
+PROJECTORS: dict[str, dict[str, Any]] = {
+    "towers_gemma3": {
+        "model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "mm_tokens_per_image": 1,
+        "text_config": _SIZES | _GEMMA3, "vision_config": {
+            "model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "image_size": 8, "patch_size": 4, "vision_use_head": False,
+        },
+    },
+    "towers_gemma4": {
+        "model_type": "gemma4", "architectures": ["Gemma4ForConditionalGeneration"],
+        "text_config": _SIZES | _GEMMA4 | {"use_bidirectional_attention": "vision"},
+        "vision_config": {
+            "model_type": "gemma4_vision", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "patch_size": 4,
+            "position_embedding_size": 4, "use_clipped_linears": True, "standardize": True,
+        },
+        "audio_config": {
+            "model_type": "gemma4_audio", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "output_proj_dims": 32, "subsampling_conv_channels": [128, 1],
+        },
+    },
+    "towers_unified": {
+        "model_type": "gemma4_unified", "architectures": ["Gemma4UnifiedForConditionalGeneration"],
+        "text_config": _SIZES | _GEMMA4 | {"model_type": "gemma4_unified_text"},
+        "vision_config": {
+            "patch_size": 2, "pooling_kernel_size": 2, "mm_embed_dim": 32, "mm_posemb_size": 4, "output_proj_dims": 32,
+        },
+        "audio_config": {},
+    },
+}  # fmt: skip
+PREPROCESSOR = {
+    "do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5] * 3,
+    "image_std": [0.5, 0.5, 0.25],
 }  # fmt: skip
 SCHEME = {
     "quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"],
@@ -68,12 +130,16 @@ SETTINGS = {
 
 
 def make(folder: Path) -> None:
-    """Writes every material below ``folder``: a checkpoint folder and a GGUF of each config, a sharded checkpoint, one
-    that lowbit trained, one of compressed-tensors, and a certificate beside each GGUF."""
+    """Writes every material below ``folder``: a checkpoint folder and a GGUF of each config (of towers an mmproj), a
+    sharded checkpoint, one that lowbit trained, one of compressed-tensors, and a certificate beside each GGUF."""
     rng = np.random.default_rng(0)
     for name, config in CONFIGS.items():
         checkpoint(folder / name, config, rng)
         lowbit.pack(folder / name, "q4_0", folder / f"{name}.gguf", certificate=True)
+    for name, config in PROJECTORS.items():
+        checkpoint(folder / name, config, rng)
+        _write_json(folder / name / "preprocessor_config.json", PREPROCESSOR)
+        lowbit.pack(folder / name, "q8_0", folder / f"{name}.gguf", certificate=True, mmproj=True)
     lowbit.pack(folder / "llama", "q8_0", folder / "llama-q8_0.gguf", certificate=True)
     _shard(folder / "llama", folder / "shards")
     _train(folder / "llama.gguf", folder / "trained")
@@ -111,7 +177,7 @@ def tokenizer(kind: str) -> dict[str, Any]:
 
 def checkpoint(folder: Path, config: Mapping[str, Any], rng: np.random.Generator) -> None:
     """A BF16 checkpoint of ``config`` whose matrices lie on an absmax/7 grid, with a tokenizer."""
-    family = families.by_config(dict(config), "config.json")
+    family: Family = (projectors if config in PROJECTORS.values() else families).by_config(dict(config), "config.json")
     values: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
     for spec in family.tensors(family.text_config(config, "config.json")):
         codes = rng.integers(-7, 8, spec.shape)
@@ -211,4 +277,4 @@ def _write_json(path: Path, value: Any) -> None:
 
 def _bf16(values: np.ndarray) -> bytes:
     grid = get("bf16")
-    return grid.pack(grid.quantize(values.astype(np.float32).reshape(len(values), -1))).tobytes()
+    return grid.pack(grid.quantize(values.astype(np.float32).reshape(1, -1))).tobytes()

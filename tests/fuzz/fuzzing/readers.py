@@ -14,6 +14,7 @@ import tracemalloc
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -31,10 +32,11 @@ from lowbit import report
 from lowbit.checkpoint import Checkpoint, families, open_checkpoint
 from lowbit.checkpoint.gguf_file import Field, GgufFile, TensorHead, write_header
 from lowbit.checkpoint.model import read_json
+from lowbit.checkpoint.projector import open_projector
 from lowbit.cli import tables
 from lowbit.errors import BadConfig, LowbitError
 from lowbit.inspect import inspect
-from lowbit.pack import certificate, imatrix, tokenizer
+from lowbit.pack import certificate, imatrix, mmproj_types, tokenizer
 from lowbit.pack.calibration import Calibration
 from lowbit.report import terminal, view
 
@@ -105,9 +107,9 @@ def _inspect(path: Path) -> None:
     tables.show_lattices(found["tensors"], io.StringIO())
 
 
-def _pack(path: Path, out: Path, **guide: Path) -> None:
+def _pack(path: Path, out: Path, recipe: str = "q4_0", **options: Any) -> None:
     try:
-        lowbit.pack(path, "q4_0", out, certificate=True, **guide)
+        lowbit.pack(path, recipe, out, certificate=True, **options)
         GgufFile(out)
     except BaseException:
         assert not out.exists() and not list(out.parent.glob("*.partial")), "a refused file is on the disk"
@@ -115,6 +117,15 @@ def _pack(path: Path, out: Path, **guide: Path) -> None:
     finally:
         out.unlink(missing_ok=True)
         certificate.path_beside(out).unlink(missing_ok=True)
+
+
+def _towers(path: Path, place: Place, choices: Choices) -> None:
+    """What a user does with towers: reads them all, or packs them."""
+    if choices.below(4) == 0:
+        _pack(path, place.folder / "out.gguf", choices.of(mmproj_types.RECIPES), mmproj=True)
+        return
+    with open_projector(path) as checkpoint:
+        _read_all(checkpoint)
 
 
 def _use(path: Path, place: Place, choices: Choices) -> None:
@@ -207,7 +218,7 @@ def _other_head(head: TensorHead, choices: Choices) -> TensorHead:
 
 def safetensors_file(place: Place, choices: Choices) -> None:
     """safetensors: the header's JSON, its length, the bytes; and what opens the folder around it."""
-    folder = choices.of(("llama", "gemma3_whole", "qwen3", "llama3"))
+    folder = choices.of(("llama", "gemma3_whole", "qwen3", "llama3", "gemma4", "gemma4_moe", "gemma4_drafter"))
     name = f"{folder}/model.safetensors"
     path = place.put(name, mutate_safetensors(place.good[name], choices))
     if choices.below(2):
@@ -250,7 +261,8 @@ def tokenizer_json(place: Place, choices: Choices) -> None:
     if choices.one_in(16):
         _pack(path.parent, place.folder / "out.gguf")
         return
-    fields = tokenizer.metadata(path.parent, materials.CONFIGS["llama"], materials.VOCAB)
+    spm_model = choices.of(("llama", "gemma4"))
+    fields = tokenizer.metadata(path.parent, materials.CONFIGS["llama"], materials.VOCAB, spm_model=spm_model)
     write_header(io.BytesIO(), fields, [])
 
 
@@ -279,6 +291,23 @@ def mlx(place: Place, choices: Choices) -> None:
     name = choices.of(("config.json", "model.safetensors"))
     change = mutate_json if name == "config.json" else mutate_safetensors
     _use(place.put(f"mlx/{name}", change(place.good[f"mlx/{name}"], choices)).parent, place, choices)
+
+
+def towers(place: Place, choices: Choices) -> None:
+    """A checkpoint's vision and audio towers: the config, the preprocessor's settings, the tensors; and an mmproj of
+    them, verified."""
+    folder = choices.of(tuple(materials.PROJECTORS))
+    name = choices.of(("config.json", "preprocessor_config.json", "model.safetensors", "mmproj"))
+    if name == "mmproj":
+        data = mutate_pieces(gguf_pieces(place.good[f"{folder}.gguf"]), choices)
+        path = place.put("x.gguf", data)
+        if choices.below(2):
+            _inspect(path)
+        else:
+            certificate.verify(path, place.path(folder))
+        return
+    change = mutate_safetensors if name.endswith("safetensors") else mutate_json
+    _towers(place.put(f"{folder}/{name}", change(place.good[f"{folder}/{name}"], choices)).parent, place, choices)
 
 
 def importance(place: Place, choices: Choices) -> None:
@@ -336,13 +365,13 @@ READERS: dict[str, Callable[[Place, Choices], None]] = {
     reader.__name__: reader
     for reader in (
         gguf, gguf_laid_out_again, safetensors_file, shards, config, tokenizer_json, trained, compressed, mlx,
-        importance, calibration, stated_certificate, run_record,
+        towers, importance, calibration, stated_certificate, run_record,
     )
 }  # fmt: skip
 # Of the cases, by how much of lowbit a reader reaches and how quick it is.
 SHARES = {name: 8 for name in READERS} | {
     "stated_certificate": 1, "run_record": 1, "gguf_laid_out_again": 3, "trained": 3, "safetensors_file": 5,
-    "mlx": 4, "importance": 4, "calibration": 3,
+    "mlx": 4, "towers": 6, "importance": 4, "calibration": 3,
 }  # fmt: skip
 
 
