@@ -47,6 +47,17 @@ class Bootstrap:
         sums = np.bincount(self._unit_of, weights=values.ravel(), minlength=len(self._sizes))
         return np.array([(drawn @ sums) / (drawn @ self._sizes) for drawn in self.draws()])
 
+    def standard_error(self, values: np.ndarray) -> tuple[float, int]:
+        """The standard error of the mean of (n,) observations when units are drawn, and how many units there are.
+
+        In closed form, with units - 1 in the denominator: what the spread of ``means`` tends to, but for that.
+        """
+        sums, units = np.bincount(self._unit_of, weights=values.ravel(), minlength=len(self._sizes)), len(self._sizes)
+        if units < 2:
+            return float("nan"), units
+        away = sums - self._sizes * (sums.sum() / self.n)
+        return float(np.sqrt((away**2).sum() * units / (units - 1)) / self.n), units
+
     def mean(self, values: np.ndarray, unit: str = "", via: Callable[[Any], Any] | None = None) -> Figure:
         """The mean with its interval, after ``via`` (np.exp for a perplexity, np.sqrt for a root mean square)."""
         change = via or (lambda x: x)
