@@ -21,6 +21,7 @@ ORDER = (
     ("checkpoint",),
     ("recipe",),
     ("run",),
+    ("harness",),
     ("train",),
     ("calibrate", "pack"),
     ("measure",),

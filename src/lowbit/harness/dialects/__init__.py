@@ -1,0 +1,38 @@
+"""Tool-call syntaxes, one file each, found by file name. A file defines ``DIALECT``, an instance of base.Dialect."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+
+from lowbit.errors import BadOption
+from lowbit.harness.dialects.base import Dialect
+
+__all__ = ["Dialect", "get", "names"]
+
+
+@functools.cache
+def _dialects() -> dict[str, Dialect]:
+    found: dict[str, Dialect] = {}
+    for module_info in pkgutil.iter_modules(__path__):
+        if module_info.name == "base" or module_info.name.startswith("_"):  # what dialects share
+            continue
+        dialect = getattr(importlib.import_module(f"{__name__}.{module_info.name}"), "DIALECT", None)
+        if not isinstance(dialect, Dialect) or dialect.name != module_info.name:
+            raise TypeError(f"dialects/{module_info.name}.py must define DIALECT, a Dialect of that name")
+        found[dialect.name] = dialect
+    return found
+
+
+def names() -> tuple[str, ...]:
+    """The dialects there are."""
+    return tuple(_dialects())
+
+
+def get(name: str) -> Dialect:
+    """Raises BadOption for a name that there is not."""
+    try:
+        return _dialects()[name]
+    except KeyError:
+        raise BadOption("unknown dialect", found=name[:60], expected=", ".join(names())) from None

@@ -1,0 +1,213 @@
+"""The model's server: any OpenAI-compatible one, asked over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
+
+from lowbit.harness.failures import UpstreamFailed
+
+_LONGEST_LINE = 4 << 20  # bytes of one event of a stream
+_LARGEST = 64 << 20  # bytes of a whole answer
+_LEARNABLE = frozenset({"grammar", "required", "tools"})
+
+
+class Upstream(Protocol):
+    """name: for people. refused: what it was found not to do: "grammar" (it refuses or ignores a schema), "required"
+    (it does not enforce tool_choice), "tools" (its template has none)."""
+
+    name: str
+    refused: set[str]
+
+    async def chat(self, body: dict[str, Any], seconds: float) -> dict[str, Any]: ...
+
+    def stream(self, body: dict[str, Any], seconds: float) -> AsyncIterator[dict[str, Any]]: ...
+
+
+class HttpUpstream:
+    """url: up to and with /v1. key: sent as a bearer token. model: put into every request, where it is given.
+
+    A context manager; one connection pool for all requests.
+    """
+
+    def __init__(self, url: str, *, key: str | None = None, model: str | None = None, connections: int = 256) -> None:
+        self.url, self.model = url.rstrip("/"), model
+        self.name = model or self.url
+        self.refused: set[str] = set()
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._connections = connections
+        self._session: Any = None
+
+    async def __aenter__(self) -> HttpUpstream:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def chat(self, body: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """A whole chat completion. Raises UpstreamFailed."""
+        body = self._body(body, stream=False)
+        async with self._post("/chat/completions", body, seconds) as response:
+            raw = await _read(response, _LARGEST)
+            found = _json(raw)
+            if response.status >= 400:
+                raise _refused(response.status, found, raw)
+            if not isinstance(found, dict):
+                raise UpstreamFailed("the model's server sent no JSON object", code="upstream_malformed")
+            if "error" in found and "choices" not in found:
+                raise _refused(502, found, raw)
+            return found
+
+    async def stream(self, body: dict[str, Any], seconds: float) -> AsyncIterator[dict[str, Any]]:
+        """The chunks of a chat completion. Raises UpstreamFailed, also where the stream ends before it is whole."""
+        body = self._body(body, stream=True)
+        body.setdefault("stream_options", {"include_usage": True})
+        async with self._post("/chat/completions", body, seconds) as response:
+            if response.status >= 400:
+                raw = await _read(response, _LARGEST)
+                raise _refused(response.status, _json(raw), raw)
+            finished = False
+            async for data in events(response.content):
+                if data == b"[DONE]":
+                    return
+                chunk = _json(data)
+                if not isinstance(chunk, dict):
+                    raise UpstreamFailed("the model's server sent a broken event", code="upstream_malformed")
+                if "error" in chunk and "choices" not in chunk:
+                    raise _refused(502, chunk, data)
+                finished = finished or _finish_of(chunk) is not None
+                yield chunk
+            if not finished:
+                raise UpstreamFailed("the stream broke off", code="upstream_broken_stream")
+
+    def _body(self, body: dict[str, Any], *, stream: bool) -> dict[str, Any]:
+        body = {k: v for k, v in body.items() if k not in ("stream", "stream_options")} | {"stream": stream}
+        return body | ({"model": self.model} if self.model else {})
+
+    def _post(self, path: str, body: dict[str, Any], seconds: float) -> Any:
+        return _Post(self._client(), self.url + path, body, self._headers, seconds)
+
+    def _client(self) -> Any:
+        if self._session is None:
+            import aiohttp
+
+            connector = aiohttp.TCPConnector(limit=self._connections)
+            # Redirects could lead anywhere: the caller named one server.
+            self._session = aiohttp.ClientSession(connector=connector, auto_decompress=True, trust_env=False)
+        return self._session
+
+
+class _Post:
+    """One request, with every way in which it can fail turned into UpstreamFailed."""
+
+    def __init__(self, client: Any, url: str, body: dict[str, Any], headers: dict[str, str], seconds: float) -> None:
+        self._client, self._url, self._headers, self._seconds = client, url, headers, seconds
+        self._data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
+        self._response: Any = None
+        self._timeout: Any = None
+
+    async def __aenter__(self) -> Any:
+        self._timeout = asyncio.timeout(self._seconds)
+        await self._timeout.__aenter__()
+        try:
+            self._response = await self._client.post(
+                self._url,
+                data=self._data,
+                headers={"Content-Type": "application/json", **self._headers},
+                allow_redirects=False,
+                timeout=None,
+            )
+            if 300 <= self._response.status < 400:
+                raise UpstreamFailed("the model's server redirects, which is not followed", again=False)
+        except BaseException as error:
+            if await self.__aexit__(type(error), error, error.__traceback__):
+                raise AssertionError("unreachable") from error
+            raise
+        return self._response
+
+    async def __aexit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
+        if self._response is not None:
+            if error is None:
+                self._response.release()
+            else:
+                self._response.close()  # half-read: the connection cannot be used again
+        try:
+            await self._timeout.__aexit__(kind, error, traceback)
+        except TimeoutError:
+            message = f"the model's server took more than {self._seconds:.0f} s"
+            raise UpstreamFailed(message, status=504, code="upstream_timeout") from None
+        if error is not None and _is_network(error):
+            raise UpstreamFailed(f"the model's server: {_said(error)}", code="upstream_unreachable") from error
+        return False
+
+
+async def events(content: Any) -> AsyncIterator[bytes]:
+    """The data of a stream of server-sent events (HTML Living Standard, 9.2), one event at a time."""
+    pending: list[bytes] = []
+    buffer = b""
+    async for piece in content.iter_any():
+        buffer += piece
+        if len(buffer) > _LONGEST_LINE:
+            raise UpstreamFailed("the model's server sent an endless line", code="upstream_malformed")
+        *lines, buffer = buffer.split(b"\n")
+        for line in lines:
+            line = line.rstrip(b"\r")
+            if line.startswith(b"data:"):
+                pending.append(line[5:].removeprefix(b" "))
+            elif not line and pending:
+                yield b"\n".join(pending)
+                pending = []
+    if buffer.startswith(b"data:"):
+        pending.append(buffer[5:].strip())
+    if pending:
+        yield b"\n".join(pending)
+
+
+async def _read(response: Any, most: int) -> bytes:
+    parts, size = [], 0
+    async for part in response.content.iter_any():
+        size += len(part)
+        if size > most:
+            raise UpstreamFailed("the model's server sent an endless answer", code="upstream_malformed")
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _json(raw: bytes) -> Any:
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _refused(status: int, found: Any, raw: bytes) -> UpstreamFailed:
+    error = found.get("error") if isinstance(found, dict) else None
+    message = error.get("message") if isinstance(error, dict) else error
+    said = message if isinstance(message, str) else raw[:200].decode("utf-8", "replace")
+    # 4xx is about the request and goes to the caller as it is; but for "too many" and "took too long".
+    final = 400 <= status < 500 and status not in (408, 425, 429)
+    text = f"the model's server answered {status}: {' '.join(said.split())[:500]}"
+    return UpstreamFailed(text, status=status if final or status == 429 else 502, again=not final)
+
+
+def _finish_of(chunk: dict[str, Any]) -> str | None:
+    choices = chunk.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    return choice.get("finish_reason") if isinstance(choice, dict) else None
+
+
+def _is_network(error: BaseException) -> bool:
+    import aiohttp
+
+    return isinstance(error, aiohttp.ClientError | OSError | asyncio.IncompleteReadError)
+
+
+def _said(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
