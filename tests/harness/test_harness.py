@@ -7,9 +7,9 @@ import json
 from typing import Any
 
 import pytest
+from scripted import Scripted, call
 
 from lowbit.harness import BadRequest, Harness, HarnessError, HarnessOptions, InvalidOutput, UpstreamFailed
-from scripted import Scripted, call
 
 USER = [{"role": "user", "content": "Hello"}]
 PERSON = {
