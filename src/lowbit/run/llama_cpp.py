@@ -8,6 +8,7 @@ is the same on every run on one machine. Between CPUs with different vector unit
 from __future__ import annotations
 
 import codecs
+import copy
 import ctypes
 import os
 import weakref
@@ -19,29 +20,17 @@ import numpy as np
 
 from lowbit.checkpoint.gguf_file import GgufFile
 from lowbit.errors import BadFile, BadOption, BadText, NotFound, RuntimeFailed
-from lowbit.run import _chat_template, _llama_h, _tokens, _trial
+from lowbit.run import _chat_template, _kv_types, _llama_h, _tokens, _trial
+from lowbit.run._kv_types import KV_TYPES, UNQUANTIZED
 from lowbit.run._products import Observer, Watch
 from lowbit.run._sampling import sample
 from lowbit.threads import available_cores
 from lowbit.units import MIB
 
-# Name -> ggml_type of the KV cache types that llama.cpp's own --cache-type-k takes.
-KV_TYPES: dict[str, int] = {
-    "f32": 0,
-    "f16": 1,
-    "bf16": 30,
-    "q8_0": 8,
-    "q4_0": 2,
-    "q4_1": 3,
-    "q5_0": 6,
-    "q5_1": 7,
-    "iq4_nl": 20,
-}
 _LOGITS_BYTES = 128 * MIB
 _CONTEXT_HINT = "A smaller context or another KV type may work; LOWBIT_DEBUG=1 shows llama.cpp's log"
 _DRAFTER = "gemma4-assistant"
 _DRAFTER_HINT = "It is a drafter, which runs beside its target only: llama-server --model-draft"
-_UNQUANTIZED = ("f32", "f16", "bf16")
 
 
 class LlamaCpp:
@@ -51,7 +40,7 @@ class LlamaCpp:
     context:         tokens a sequence may have; 0 means what the model was trained for
     ubatch:          tokens decoded at a time
     threads:         None means the physical cores this process may use
-    kv_type:         type of the KV cache, one of KV_TYPES
+    kv_type:         type of the KV cache, one of KV_TYPES, or two as K:V
     flash_attention: None leaves the choice to llama.cpp. With it on, an f32 cache computes as f16 does: a true f32
                      reference needs kv_type="f32", flash_attention=False. A quantized cache needs it on.
     logits_all:      False keeps room for one row of logits only: generation and chat, but no logits()
@@ -103,6 +92,25 @@ class LlamaCpp:
         self._free_context = weakref.finalize(self, self._lib.llama_free, self._context)
         self._batch = _llama_h.BatchBuffers(self.ubatch)
         self._past = 0  # tokens in the KV cache
+        self._parent: LlamaCpp | None = None
+        self._besides: weakref.WeakSet[LlamaCpp] = weakref.WeakSet()
+
+    def beside(self, *, kv_type: str, flash_attention: bool | None = None) -> Self:
+        """The same loaded weights with a context of their own, whose cache is of another type.
+
+        It takes the memory of a context, not that of a model. Closing it leaves this model open; closing this one
+        closes it. Raises BadOption, RuntimeFailed.
+        """
+        self._open_model()
+        _check_options(self.context, self.ubatch, self.threads, kv_type, flash_attention)
+        twin = copy.copy(self)
+        twin._context = twin._new_context(kv_type, flash_attention)
+        twin._free_context = weakref.finalize(twin, self._lib.llama_free, twin._context)
+        twin._batch = _llama_h.BatchBuffers(self.ubatch)
+        twin._past = 0
+        twin._parent, twin._besides = self, weakref.WeakSet()
+        self._besides.add(twin)
+        return twin
 
     def _load_model(self) -> int:
         params = self._lib.llama_model_default_params()
@@ -124,11 +132,13 @@ class LlamaCpp:
         params.n_batch = params.n_ubatch = self.ubatch
         params.n_outputs_max = params.n_outputs_max_per_seq = self._rows
         params.n_threads = params.n_threads_batch = self.threads
-        params.type_k = params.type_v = KV_TYPES[kv_type]
+        types = _kv_types.parse(kv_type)
+        params.type_k, params.type_v = KV_TYPES[types.k], KV_TYPES[types.v]
         params.flash_attn_type = -1 if flash_attention is None else int(flash_attention)
         params.swa_full = False  # as llama.cpp's programs do: a sliding-window layer keeps its window only
         if self._watch is not None:
             params.cb_eval = ctypes.cast(self._watch.callback, ctypes.c_void_p)
+        self._adjust(params)
         self._llama.log.take()
         handle = self._lib.llama_init_from_model(self._model, params)
         if not handle:
@@ -138,9 +148,10 @@ class LlamaCpp:
                 found=self._llama.log.take() or None,
                 hint=_DRAFTER_HINT if self.metadata.get("general.architecture") == _DRAFTER else _CONTEXT_HINT,
             )
-        # llama.cpp rounds n_ctx up to a multiple of 256.
-        padded = -(-self.context // 256) * 256
-        asked = {"n_ctx": padded, "n_batch": self.ubatch, "n_ubatch": self.ubatch, "n_threads": self.threads}
+        # llama.cpp rounds what a stream of the cache holds up to a multiple of 256.
+        unit = 256 * (1 if params.kv_unified else params.n_seq_max)
+        padded = -(-params.n_ctx // unit) * unit
+        asked = {"n_ctx": padded, "n_batch": params.n_batch, "n_ubatch": self.ubatch, "n_threads": self.threads}
         for name, value in asked.items():
             found = getattr(self._lib, f"llama_{name}")(handle)
             if found != value:
@@ -148,10 +159,16 @@ class LlamaCpp:
                 raise RuntimeFailed(f"llama.cpp reports {name} = {found} where {value} was set", where=self.path)
         return int(handle)
 
+    def _adjust(self, params: _llama_h.ContextParams) -> None:
+        """For a subclass that wants another context."""
+
     def close(self) -> None:
         """Frees the context and the model; further calls on this object raise RuntimeFailed."""
+        for twin in list(self._besides):  # a context may not outlive its model
+            twin.close()
         self._free_context()
-        self._free_model()
+        if self._parent is None:
+            self._free_model()
 
     def __enter__(self) -> Self:
         return self
@@ -271,18 +288,25 @@ class LlamaCpp:
         llama.cpp attends by another kernel where fewer than 64 tokens are decoded together with flash attention on,
         which changes the last bits of a result; a multiple of 64 for ubatch and logits_rows keeps to one kernel.
         """
+        return self.logits_of(tokens, [(start, len(tokens))])
+
+    def logits_of(
+        self, tokens: Sequence[int] | np.ndarray, spans: Sequence[tuple[int, int]]
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """As logits(), for the positions within ``spans`` only: (first, end) of each, ascending and apart."""
         if not self.logits_all:
             raise BadOption("this model was opened with logits_all=False", where=self.path)
         ids = self._fitting(tokens)
         self.reset()
         begin = 0
-        while begin < len(ids):
-            first = max(begin, start)
-            end = min(begin + self.ubatch, len(ids), first + self._rows)
-            rows = self._decode(ids[begin:end], outputs=max(0, end - first))
-            if end > first:
-                yield first, rows.copy()
-            begin = end
+        for start, stop in spans:
+            while begin < stop:
+                first = max(begin, start)
+                end = min(begin + self.ubatch, stop, first + self._rows)
+                rows = self._decode(ids[begin:end], outputs=max(0, end - first))
+                if end > first:
+                    yield first, rows.copy()
+                begin = end
 
     def generate(
         self,
@@ -409,10 +433,8 @@ def _rows_within(n_bytes: int, n_vocab: int) -> int:
 
 
 def _check_options(context: int, ubatch: int, threads: int, kv_type: str, flash_attention: bool | None) -> None:
-    if kv_type not in KV_TYPES:
-        raise BadOption("unknown KV cache type", found=kv_type, expected=", ".join(KV_TYPES))
-    if flash_attention is False and kv_type not in _UNQUANTIZED:
-        raise BadOption("a quantized KV cache needs flash attention", found=kv_type, expected=", ".join(_UNQUANTIZED))
+    if _kv_types.parse(kv_type).quantized and flash_attention is False:
+        raise BadOption("a quantized KV cache needs flash attention", found=kv_type, expected=", ".join(UNQUANTIZED))
     for name, value, least in (("context", context, 0), ("ubatch", ubatch, 1), ("threads", threads, 1)):
         if value < least:
             raise BadOption(f"impossible {name}", found=value, expected=f"at least {least}")
