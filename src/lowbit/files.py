@@ -178,3 +178,20 @@ def sha256(path: str | os.PathLike[str]) -> str:
         while chunk := handle.read(4 * MIB):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def folder_sha256(path: str | os.PathLike[str]) -> str:
+    """One hash of a model's folder, as hex: of the lines that ``sha256sum *`` prints in it, sorted by name. What is in
+    folders below, or begins with a dot, does not count."""
+    lines = "".join(f"{sha256(file)}  {file.name}\n" for file in _folder_files(path))
+    return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def folder_bytes(path: str | os.PathLike[str]) -> int:
+    """The bytes of the files that ``folder_sha256`` reads."""
+    return sum(file.stat().st_size for file in _folder_files(path))
+
+
+def _folder_files(path: str | os.PathLike[str]) -> list[Path]:
+    found = [file for file in Path(path).iterdir() if file.is_file() and not file.name.startswith(".")]
+    return sorted(found, key=lambda file: os.fsencode(file.name))

@@ -263,7 +263,7 @@ def test_speed_and_memory_come_from_a_process_of_their_own(folder: Path) -> None
 
 def test_a_process_that_fails_says_why(folder: Path) -> None:
     with pytest.raises(RuntimeFailed, match="memory and speed failed") as error:
-        probe(folder / "absent.gguf", [1, 2, 3], threads=1)
+        probe(folder / "absent.gguf", [1, 2, 3])
     assert "no such file" in str(error.value)
 
 

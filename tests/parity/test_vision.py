@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import lowbit
-from lowbit.run.llama_cpp_vision import LlamaCppVision
+from lowbit.run.vision.llama_cpp import LlamaCppVision
 
 Make = Callable[..., tuple[Path, Any]]
 AS_IT_IS, ROUNDED_ALIKE, EXACT = 5e-2, 2e-3, 2e-5

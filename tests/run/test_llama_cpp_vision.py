@@ -13,7 +13,7 @@ import lowbit
 from lowbit.checkpoint.gguf_file import GgufFile
 from lowbit.errors import BadFile, BadOption, NotFound, RuntimeFailed
 from lowbit.run import _llama_h, _mtmd_h
-from lowbit.run.llama_cpp_vision import LlamaCppVision
+from lowbit.run.vision.llama_cpp import LlamaCppVision
 
 Files = tuple[Path, Path]
 

@@ -1,4 +1,4 @@
-"""Fidelity, speed and memory of packed files, each run in llama.cpp, against a reference on a held-out text."""
+"""Fidelity, speed and memory of packed artifacts, each in its runtime, against a reference on a held-out text."""
 
 from __future__ import annotations
 
@@ -10,8 +10,18 @@ from lowbit.cli.training import positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("artifacts", metavar="ARTIFACT", nargs="+", help="GGUF files")
+    parser.add_argument("artifacts", metavar="ARTIFACT", nargs="+", help="GGUF files, MLX or Hugging Face folders")
     parser.add_argument("--against", metavar="REFERENCE", required=True, help="a GGUF of high precision or a MODEL")
+    parser.add_argument(
+        "--runtime",
+        metavar="NAME",
+        help="run the artifacts in llama.cpp, mlx or transformers (default: what each is for)",
+    )
+    parser.add_argument(
+        "--reference-runtime",
+        metavar="NAME",
+        help="run the reference there (default: what a file is for; a MODEL in the first artifact's)",
+    )
     parser.add_argument("--text", metavar="FILE", required=True, help="held-out text, UTF-8")
     parser.add_argument("--chunk", type=positive, default=512, metavar="N", help="tokens a chunk (default: 512)")
     parser.add_argument("--chunks", type=positive, metavar="N", help="how many chunks (default: the whole text)")
@@ -31,7 +41,14 @@ def run(args: argparse.Namespace) -> int:
 
     costs = not args.no_speed
     options = MeasureOptions(
-        chunk=args.chunk, chunks=args.chunks, kv_type=args.kv_type, threads=args.threads, speed=costs, memory=costs
+        chunk=args.chunk,
+        chunks=args.chunks,
+        kv_type=args.kv_type,
+        threads=args.threads,
+        runtime=args.runtime,
+        reference_runtime=args.reference_runtime,
+        speed=costs,
+        memory=costs,
     )
     with output.results_only():
         measured = measure(args.artifacts, against=args.against, text=args.text, options=options)

@@ -1,4 +1,4 @@
-"""Measure packed artifacts in the runtime that will run them, against a reference, on a text neither has seen.
+"""Measure packed artifacts in the runtimes that will run them, against a reference, on a text neither has seen.
 
 ``lowbit.measure(artifacts, against=..., text=...)``.
 """
@@ -8,8 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,12 @@ from typing import Any
 import numpy as np
 
 from lowbit import console, files, verbs
-from lowbit.errors import BadFile, BadOption
-from lowbit.measure import fidelity
+from lowbit.errors import BadOption
+from lowbit.measure import fidelity, opening
 from lowbit.measure.bootstrap import Bootstrap
 from lowbit.measure.record import Figure, machine
 from lowbit.measure.speed import probe
-from lowbit.measure.text import Text, chunks_of, read_text
-from lowbit.run.llama_cpp import LlamaCpp
-from lowbit.units import bits_per_weight
+from lowbit.measure.text import chunks_of, read_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +32,8 @@ class MeasureOptions:
     chunks:        how many chunks of the text; None means all
     threads:       None means the physical cores this process may use
     kv_type:       KV cache of the artifacts; the reference's is always f16
+    runtime:       of the artifacts, a name of ``run.runtimes()``; None means what each is for
+    reference_runtime: of the reference; None means what a file is for, and for a checkpoint the first artifact's
     speed:         measure tokens per second
     memory:        measure peak memory
     repeats:       how often the speed run is repeated, at least 2
@@ -46,6 +45,8 @@ class MeasureOptions:
     chunks: int | None = None
     threads: int | None = None
     kv_type: str = "f16"
+    runtime: str | None = None
+    reference_runtime: str | None = None
     speed: bool = True
     memory: bool = True
     repeats: int = 3
@@ -70,68 +71,73 @@ def measure(
     json: str | os.PathLike[str] | None = None,
     options: MeasureOptions | None = None,
 ) -> dict[str, Any]:
-    """Fidelity, size, memory and speed of GGUF files against a reference, all run in llama.cpp.
+    """Fidelity, size, memory and speed of artifacts against a reference, each run in its runtime.
 
-    artifacts: one path or several
+    artifacts: one path or several: GGUF files, MLX, compressed-tensors and Hugging Face folders
     against:   the reference: a GGUF file, which is run as it is (F32, F16 or BF16 for the truth about the weights), or
-               a checkpoint (Hugging Face folder or name), whose weights are packed as F32 to a temporary file first
+               a checkpoint (Hugging Face folder or name), which is computed in float32 (see opening.reference)
     text:      held-out UTF-8 text of at least one chunk of tokens
     json:      where to write the result as well
 
-    Returns {"format", "artifacts": [{"path", "sha256", "size_bytes", "bits_per_weight", "fidelity", "memory",
-    "speed"}], "reference": {...}, "pairs": [...], "text", "machine", "options"}. Each figure is {"value", "low",
-    "high", "unit", "n"}, low to high the 95% interval; "fidelity" has fidelity.figures(), "pairs" has
-    fidelity.paired() for every two artifacts, the earlier as "baseline". The same inputs give the same figures, but
-    for speed and memory.
+    Returns {"format", "artifacts": [{"path", "runtime": {"name", "version"}, "sha256", "size_bytes",
+    "bits_per_weight", "fidelity", "memory", "speed"}], "reference": {...}, "pairs": [...], "text", "machine",
+    "options"}. Each figure is {"value", "low", "high", "unit", "n"}, low to high the 95% interval; "fidelity" has
+    fidelity.figures(), "pairs" has fidelity.paired() for every two artifacts, the earlier as "baseline". The same
+    inputs give the same figures, but for speed and memory.
 
     A difference below about 0.005 nats of mean KLD may be the runtime's own: llama.cpp rounds activations to 8 bits
     against quantized weights, and a change of kernel alone moves SmolLM2-135M by that much.
 
-    Raises BadText (empty, binary, too short), BadFile (not a GGUF, other vocabulary than the reference's), NotFound,
-    BadOption, RuntimeFailed.
+    Raises BadText (empty, binary, too short), BadFile (damaged, other vocabulary than the reference's), NotFound,
+    Unsupported, BadOption, RuntimeFailed.
     """
     options = options or MeasureOptions()
-    paths = [Path(p) for p in ([artifacts] if isinstance(artifacts, str | os.PathLike) else artifacts)]
-    if not paths:
-        raise BadOption("no artifact was given", expected="at least one GGUF file")
-    with _reference_file(against) as reference_path:
-        result = _measure(paths, reference_path, str(against), Path(text), options)
+    listed = [artifacts] if isinstance(artifacts, str | os.PathLike) else list(artifacts)
+    if not listed:
+        raise BadOption("no artifact was given", expected="at least one file or folder")
+    opened = [opening.artifact(target, options) for target in listed]
+    with opening.reference(against, opened[0], options) as reference:
+        result = _measure(opened, reference, str(against), Path(text), options)
     if json is not None:
         files.write_json(json, result)
     return result
 
 
 def _measure(
-    paths: list[Path], reference_path: Path, reference_name: str, text_path: Path, options: MeasureOptions
+    artifacts: list[opening.Artifact],
+    against: opening.Artifact,
+    reference_name: str,
+    text_path: Path,
+    options: MeasureOptions,
 ) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
-        reference = stack.enter_context(_open(reference_path, options, kv_type="f16"))
+        reference = stack.enter_context(against.open())
         text = read_text(text_path, reference)
         bos = reference.bos if reference.adds_bos else None
         chunks = chunks_of(text, chunk=options.chunk, limit=options.chunks, bos=bos)
-        models = [stack.enter_context(_open(path, options, kv_type=options.kv_type)) for path in paths]
+        models = [stack.enter_context(artifact.open()) for artifact in artifacts]
         for model in models:
-            _check_same_tokens(model, reference, text)
+            opening.check_same_tokens(model, reference, text)
         with console.progress("Measuring fidelity", total=len(chunks) * (1 + len(models))) as bar:
             of_reference, scores = fidelity.score(reference, models, chunks, bar.update)
-        described = [_described(model) for model in [reference, *models]]
+        described = [opening.described(model) for model in [reference, *models]]
     bootstrap = Bootstrap(*scores[0].kld.shape, resamples=options.resamples, seed=options.seed)
     described[0]["path"] = reference_name
     described[0]["perplexity"] = bootstrap.mean(of_reference.nll, via=np.exp).as_json()
     for entry, score in zip(described[1:], scores, strict=True):
         entry["fidelity"] = _json(fidelity.figures(score, bootstrap))
-    _add_speed_and_memory(described, [reference_path, *paths], chunks[0], options)
+    _add_speed_and_memory(described, [against, *artifacts], chunks[0], options)
     return {
         "format": "lowbit-measure/1",
         "artifacts": described[1:],
         "reference": described[0],
         "pairs": [
             {
-                "baseline": str(paths[b]),
-                "artifact": str(paths[a]),
+                "baseline": str(artifacts[b].target),
+                "artifact": str(artifacts[a].target),
                 **_json(fidelity.paired(scores[b], scores[a], bootstrap)),
             }
-            for b, a in itertools.combinations(range(len(paths)), 2)
+            for b, a in itertools.combinations(range(len(artifacts)), 2)
         ],
         "text": {
             "path": str(text_path),
@@ -145,73 +151,21 @@ def _measure(
     }
 
 
-@contextlib.contextmanager
-def _reference_file(against: str | os.PathLike[str]) -> Iterator[Path]:
-    """The reference as a GGUF; a checkpoint is packed as F32 into a temporary folder."""
-    if Path(against).is_file():
-        yield Path(against)
-        return
-    from lowbit import checkpoint, pack
-
-    found = checkpoint.resolve(os.fspath(against))
-    with tempfile.TemporaryDirectory(prefix="lowbit-") as folder:
-        console.log(f"Packing {against} as F32 to measure against ...")
-        packed = Path(folder) / "reference.gguf"
-        pack.pack(found, "f32", packed)
-        yield packed
-
-
-def _open(path: Path, options: MeasureOptions, *, kv_type: str) -> LlamaCpp:
-    return LlamaCpp(
-        path, context=options.chunk, ubatch=min(512, options.chunk), threads=options.threads, kv_type=kv_type
-    )
-
-
-def _check_same_tokens(model: LlamaCpp, reference: LlamaCpp, text: Text) -> None:
-    hint = "Measure an artifact against the model that it was made from"
-    if model.n_vocab != reference.n_vocab:
-        raise BadFile(
-            "its vocabulary is not the reference's",
-            where=model.path,
-            found=f"{model.n_vocab} tokens",
-            expected=f"{reference.n_vocab} as in {reference.path}",
-            hint=hint,
-        )
-    ids = read_text(text.path, model).ids
-    if model.adds_bos != reference.adds_bos or model.bos != reference.bos or not np.array_equal(ids, text.ids):
-        raise BadFile(
-            "its tokenizer cuts the text otherwise than the reference's",
-            where=model.path,
-            found=f"{len(ids)} tokens",
-            expected=f"the {len(text.ids)} tokens of {reference.path}",
-            hint=hint,
-        )
-
-
-def _described(model: LlamaCpp) -> dict[str, Any]:
-    return {
-        "path": str(model.path),
-        "sha256": files.sha256(model.path),
-        "size_bytes": model.path.stat().st_size,
-        "bits_per_weight": bits_per_weight(model.model_bytes, model.n_weights),
-    }
-
-
 def _add_speed_and_memory(
-    entries: list[dict[str, Any]], paths: list[Path], tokens: np.ndarray, options: MeasureOptions
+    entries: list[dict[str, Any]], artifacts: list[opening.Artifact], tokens: np.ndarray, options: MeasureOptions
 ) -> None:
     """Each file alone, after the fidelity run has let go of its memory."""
     if not options.speed and not options.memory:
         return
-    with console.progress("Measuring speed and memory", total=len(paths)) as bar:
-        for i, (entry, path) in enumerate(zip(entries, paths, strict=True)):
+    with console.progress("Measuring speed and memory", total=len(artifacts)) as bar:
+        for i, (entry, artifact) in enumerate(zip(entries, artifacts, strict=True)):
             found = probe(
-                path,
+                artifact.target,
                 tokens[: options.prompt_tokens].tolist(),
                 generate=options.generate_tokens,
                 repeats=options.repeats,
-                threads=options.threads,
-                kv_type=options.kv_type,
+                runtime=artifact.runtime.name,
+                options={**artifact.options, "context": None},
                 speed=options.speed,
             )
             if options.memory:

@@ -7,8 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from lowbit.run import _llama_h
-from lowbit.run.llama_cpp import LlamaCpp
+from lowbit import run
 
 _WARM_UP = 16  # tokens: enough to touch every weight once
 
@@ -17,17 +16,12 @@ def main() -> None:
     """Runs the job that speed.probe() describes."""
     job = json.load(sys.stdin)
     prompt, n = job["prompt"], job["generate"]
-    _llama_h.load()
+    runtime = run.runtime_for(job["target"], job["runtime"])
+    runtime.load_library()
     baseline = peak_bytes()
     rates: dict[str, list[float]] = {"prompt": [], "generation": []}
-    with LlamaCpp(
-        job["path"],
-        context=len(prompt) + n + 1,
-        threads=job["threads"],
-        kv_type=job["kv_type"],
-        logits_all=False,
-        trusted=True,
-    ) as model:
+    options = {**job["options"], **runtime.to_generate, "context": len(prompt) + n + 1}
+    with run.open_artifact(job["target"], runtime.name, **options) as model:
         for _ in model.generate(prompt[:_WARM_UP], 2, ignore_end=True):
             pass
         for _ in range(job["repeats"]):

@@ -1,4 +1,4 @@
-"""How far an artifact's predictions are from the reference's, on the same chunks of text, both in one runtime.
+"""How far an artifact's predictions are from the reference's, on the same chunks of text, each in its runtime.
 
 Convention of llama.cpp's perplexity tool (tools/perplexity, --kl-divergence): the text is cut into chunks; each chunk
 is a fresh sequence that begins with BOS where the model has one; the second half's positions are scored, so that each
@@ -7,24 +7,15 @@ has at least half a chunk of context. With first = chunk // 2, position i in fir
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
-from lowbit.errors import RuntimeFailed
 from lowbit.measure.bootstrap import Bootstrap
+from lowbit.measure.in_step import in_step
 from lowbit.measure.record import Figure, exact
-
-
-class Runtime(Protocol):
-    """A loaded model that gives logits: LlamaCpp or Mlx."""
-
-    path: Path
-
-    def logits(self, tokens: Sequence[int] | np.ndarray, start: int = 0) -> Iterator[tuple[int, np.ndarray]]: ...
+from lowbit.run.base import Runtime
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +49,8 @@ def score(
 
     chunks:  int32 (n, chunk)
     advance: called with the number of chunks done, all files together
-    All models must share vocabulary, ubatch and (llama.cpp) logits_rows: they are decoded in step, and at any time the
-    logits of one slice of the reference and one of an artifact are held.
+    All models must share the vocabulary. They are decoded in step, each in slices of its own: at any time one slice of
+    logits of every model is held.
     """
     n, chunk = chunks.shape
     first = chunk // 2
@@ -68,18 +59,14 @@ def score(
     of_artifacts = [Scores.empty(n, scored) for _ in artifacts]
     done = 0
     for c, tokens in enumerate(chunks):
-        runs = [model.logits(tokens, first) for model in artifacts]
-        for offset, expected in reference.logits(tokens, first):
+        for offset, (expected, *found) in in_step(model.logits(tokens, first) for model in (reference, *artifacts)):
             rows = min(len(expected), chunk - 1 - offset)
             at = (c, slice(offset - first, offset - first + rows))
             following = tokens[offset + 1 : offset + 1 + rows]
             for i in range(rows):
                 of_reference.nll[c, offset - first + i] = -_log_probability(expected[i], following[i])
-            for model, run, scores in zip(artifacts, runs, of_artifacts, strict=True):
-                where, found = next(run)
-                if where != offset or found.shape != expected.shape:
-                    raise RuntimeFailed("the reference and the artifact fell out of step", where=model.path)
-                compare(expected[:rows], found[:rows], following, scores, at)
+            for logits, scores in zip(found, of_artifacts, strict=True):
+                compare(expected[:rows], logits[:rows], following, scores, at)
         done += 1 + len(artifacts)
         advance(done)
     return of_reference, of_artifacts

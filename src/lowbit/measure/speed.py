@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lowbit.errors import RuntimeFailed
 from lowbit.measure.record import Figure, exact, repeated
@@ -31,26 +32,28 @@ class Probe:
 
 
 def probe(
-    path: Path,
+    target: str | Path,
     prompt: Sequence[int],
     *,
     generate: int = 32,
     repeats: int = 3,
-    threads: int | None = None,
-    kv_type: str = "f16",
+    runtime: str | None = None,
+    options: Mapping[str, Any] | None = None,
     speed: bool = True,
 ) -> Probe:
-    """Opens the file in a new process, reads ``prompt`` (token ids) and generates, ``repeats`` times.
+    """Opens the artifact in a new process, reads ``prompt`` (token ids) and generates, ``repeats`` times.
+
+    runtime, options: as ``run.open_artifact`` has them; the context is what the run needs.
 
     Raises RuntimeFailed with the process's last words where it fails (out of memory, killed).
     """
     job = {
-        "path": str(path),
+        "target": str(target),
         "prompt": [int(token) for token in prompt],
         "generate": generate,
         "repeats": max(2, repeats) if speed else 1,
-        "threads": threads,
-        "kv_type": kv_type,
+        "runtime": runtime,
+        "options": dict(options or {}),
     }
     child = subprocess.run(
         [sys.executable, "-c", _CHILD], input=json.dumps(job), capture_output=True, text=True, check=False
@@ -59,7 +62,7 @@ def probe(
         said = child.stderr.strip().splitlines()
         raise RuntimeFailed(
             "the process that measures memory and speed failed",
-            where=path,
+            where=target,
             found=f"exit code {child.returncode}" + (f", {said[-1]}" if said else ""),
         )
     report = json.loads(child.stdout)

@@ -1,7 +1,7 @@
 """The part of llama.cpp's multimodal interface (tools/mtmd/mtmd.h and mtmd-helper.h) that lowbit calls, by ctypes.
 
 As in _llama_h.py nothing is called before the default parameters that the library returns proved to be the known ones;
-and (in llama_cpp_vision.py) a text without media must tokenize as llama.h tokenizes it, which a struct laid out
+and (in vision/llama_cpp.py) a text without media must tokenize as llama.h tokenizes it, which a struct laid out
 differently would not. Source: tools/mtmd of llama.cpp in October 2026.
 """
 

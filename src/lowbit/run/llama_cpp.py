@@ -12,18 +12,19 @@ import copy
 import ctypes
 import os
 import weakref
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from lowbit.checkpoint.gguf_file import GgufFile
 from lowbit.errors import BadFile, BadOption, BadText, NotFound, RuntimeFailed
-from lowbit.run import _chat_template, _kv_types, _llama_h, _tokens, _trial
+from lowbit.run import _kv_types, _llama_h, _looks, _tokens, _trial
 from lowbit.run._kv_types import KV_TYPES, UNQUANTIZED
 from lowbit.run._products import Observer, Watch
-from lowbit.run._sampling import sample
+from lowbit.run.base import Runtime, Suits, check_sizes
 from lowbit.threads import available_cores
 from lowbit.units import MIB
 
@@ -33,7 +34,7 @@ _DRAFTER = "gemma4-assistant"
 _DRAFTER_HINT = "It is a drafter, which runs beside its target only: llama-server --model-draft"
 
 
-class LlamaCpp:
+class LlamaCpp(Runtime):
     """A GGUF model, loaded and ready to run. A context manager; close() frees the model.
 
     path:            the GGUF file
@@ -51,6 +52,25 @@ class LlamaCpp:
 
     Raises NotFound, BadFile (not a GGUF, truncated, unknown architecture), BadOption, RuntimeFailed.
     """
+
+    name: ClassVar[str] = "llama.cpp"
+    to_generate: ClassVar[Mapping[str, Any]] = {"logits_all": False, "trusted": True}
+    path: Path
+
+    @classmethod
+    def suits(cls, target: str | os.PathLike[str]) -> Suits:
+        return Suits.BY_DEFAULT if _looks.is_file_of(target, ".gguf", b"GGUF") else Suits.NO
+
+    @classmethod
+    def installed(cls) -> str | None:
+        try:
+            return f"xllamacpp {metadata.version('xllamacpp')}"
+        except metadata.PackageNotFoundError:
+            return None
+
+    @classmethod
+    def load_library(cls) -> None:
+        _llama_h.load()
 
     def __init__(
         self,
@@ -163,29 +183,20 @@ class LlamaCpp:
         """For a subclass that wants another context."""
 
     def close(self) -> None:
-        """Frees the context and the model; further calls on this object raise RuntimeFailed."""
         for twin in list(self._besides):  # a context may not outlive its model
             twin.close()
         self._free_context()
         if self._parent is None:
             self._free_model()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     # What the file says
 
     @property
     def model_bytes(self) -> int:
-        """Bytes of all tensors."""
         return int(self._lib.llama_model_size(self._open_model()))
 
     @property
     def n_weights(self) -> int:
-        """Elements of all tensors; a tied embedding counts once."""
         return int(self._lib.llama_model_n_params(self._open_model()))
 
     @property
@@ -206,33 +217,24 @@ class LlamaCpp:
 
     @property
     def adds_bos(self) -> bool:
-        """Whether the tokenizer puts a beginning-of-sequence token first."""
         self._open_model()
         return bool(self._lib.llama_vocab_get_add_bos(self._vocab))
 
     @property
     def bos(self) -> int:
-        """Id of the beginning-of-sequence token, -1 where there is none."""
         self._open_model()
         return int(self._lib.llama_vocab_bos(self._vocab))
 
     @property
     def eos(self) -> int:
-        """Id of the end-of-sequence token, -1 where there is none."""
         self._open_model()
         return int(self._lib.llama_vocab_eos(self._vocab))
 
     def ends(self, token: int) -> bool:
-        """Whether generation ends at this token (end of sequence, of turn, ...)."""
         self._open_model()
         return bool(self._lib.llama_vocab_is_eog(self._vocab, token))
 
     def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
-        """Token ids of a text.
-
-        add_special:   put BOS (and EOS) where the model's tokenizer does
-        parse_special: read "<|im_start|>" and the like as control tokens rather than as text
-        """
         self._open_model()
         try:
             raw = text.encode("utf-8")
@@ -249,7 +251,6 @@ class LlamaCpp:
             room = -n
 
     def detokenize(self, ids: Sequence[int], *, special: bool = False) -> str:
-        """The text of token ids; ``special`` spells control tokens out. Bytes that are not UTF-8 become U+FFFD."""
         self._check_ids(ids)
         tokens = (ctypes.c_int32 * max(1, len(ids)))(*ids)
         room = 16 * len(ids) + 64
@@ -274,16 +275,12 @@ class LlamaCpp:
     # Running
 
     def reset(self) -> None:
-        """Forgets the sequence: the next token is the first."""
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._open_context()), True)
         self._past = 0
 
     def logits(self, tokens: Sequence[int] | np.ndarray, start: int = 0) -> Iterator[tuple[int, np.ndarray]]:
-        """Full-vocabulary logits of a fresh sequence, streamed: (offset, float32 (k, n_vocab)) for consecutive runs.
-
-        Row i of a run belongs to position offset + i and predicts the token at offset + i + 1. Only positions from
-        ``start`` on are given; those before are decoded without computing their logits. Each array is the caller's
-        own; memory is bounded by (logits_rows, n_vocab).
+        """As Runtime.logits; positions before ``start`` are decoded without computing their logits, and memory is
+        bounded by (logits_rows, n_vocab).
 
         llama.cpp attends by another kernel where fewer than 64 tokens are decoded together with flash attention on,
         which changes the last bits of a result; a multiple of 64 for ubatch and logits_rows keeps to one kernel.
@@ -308,83 +305,21 @@ class LlamaCpp:
                     yield first, rows.copy()
                 begin = end
 
-    def generate(
-        self,
-        tokens: Sequence[int],
-        max_tokens: int | None = None,
-        *,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        stop: Collection[int] = (),
-        ignore_end: bool = False,
-    ) -> Iterator[int]:
-        """Continues a prompt, a token at a time, from a fresh sequence.
-
-        Ends before an end-of-generation token (unless ``ignore_end``) or a token in ``stop``, after ``max_tokens``,
-        or when the context is full. temperature 0 is greedy and takes the lowest id of equals; otherwise the
-        probabilities after temperature, then top_k (0: all), then top_p (1: all) are sampled with ``seed``.
-        """
-        if not 0 <= temperature < float("inf") or top_k < 0 or not 0 < top_p <= 1 or seed < 0:
-            raise BadOption(
-                "impossible sampling options",
-                found=f"temperature={temperature}, top_k={top_k}, top_p={top_p}, seed={seed}",
-                expected="temperature >= 0, top_k >= 0, 0 < top_p <= 1, seed >= 0",
-            )
-        ids = self._fitting(tokens)
-        self.reset()
-        rng = np.random.default_rng(seed)
+    def feed(self, ids: np.ndarray) -> np.ndarray:
         for begin in range(0, len(ids), self.ubatch):
             row = self._decode(ids[begin : begin + self.ubatch])[-1]
-        produced = 0
-        while max_tokens is None or produced < max_tokens:
-            token = sample(row, rng, temperature=temperature, top_k=top_k, top_p=top_p)
-            if token in stop or (not ignore_end and self.ends(token)):
-                return
-            yield token
-            produced += 1
-            if self._past >= self.context or produced == max_tokens:
-                return
-            row = self._decode(np.array([token], np.int32))[-1]
+        return row
 
-    def prompt_of(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
-        """Token ids of a conversation in the file's own chat template, up to where the assistant's answer begins."""
+    @property
+    def chat_template(self) -> str | None:
         source = self._lib.llama_model_chat_template(self._open_model(), None)
-        if not source:
-            raise BadFile(
-                "the file has no chat template", where=self.path, hint="Give the model plain text instead of messages"
-            )
-        text = _chat_template.render(
-            source.decode("utf-8", "replace"),
-            messages,
-            bos_token=self._spelled(self.bos),
-            eos_token=self._spelled(self.eos),
-            where=self.path,
-            **variables,
-        )
-        # A template that spells BOS itself must not get a second one.
-        spelled = self.bos >= 0 and text.startswith(self._spelled(self.bos))
-        return self.tokenize(text, add_special=not spelled, parse_special=True)
+        return source.decode("utf-8", "replace") if source else None
 
-    def chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        max_tokens: int | None = None,
-        *,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        **variables: Any,
-    ) -> Iterator[str]:
-        """The assistant's answer to a conversation, as pieces of text; options as generate() has them."""
-        prompt = self.prompt_of(messages, **variables)
-        answer = self.generate(prompt, max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    def texts(self, tokens: Iterable[int]) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        for token in answer:
-            if piece := decoder.decode(self.piece(token)):
-                yield piece
+        for token in tokens:
+            if text := decoder.decode(self.piece(token)):
+                yield text
         if rest := decoder.decode(b"", True):
             yield rest
 
@@ -435,9 +370,7 @@ def _rows_within(n_bytes: int, n_vocab: int) -> int:
 def _check_options(context: int, ubatch: int, threads: int, kv_type: str, flash_attention: bool | None) -> None:
     if _kv_types.parse(kv_type).quantized and flash_attention is False:
         raise BadOption("a quantized KV cache needs flash attention", found=kv_type, expected=", ".join(UNQUANTIZED))
-    for name, value, least in (("context", context, 0), ("ubatch", ubatch, 1), ("threads", threads, 1)):
-        if value < least:
-            raise BadOption(f"impossible {name}", found=value, expected=f"at least {least}")
+    check_sizes(context=context, ubatch=ubatch, threads=threads)
 
 
 def check_file(path: Path) -> None:
@@ -468,3 +401,6 @@ def _string(function: Any, model: int, index: int) -> str:
         if n < room:
             return text.value.decode("utf-8", "replace")
         room = n + 1
+
+
+RUNTIME = LlamaCpp

@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar
 
 import numpy as np
 
 from lowbit.checkpoint import safetensors_file
 from lowbit.checkpoint.model import read_json
-from lowbit.errors import BadConfig, BadFile, BadOption, BadText, NotFound, RuntimeFailed
-from lowbit.run import _tokens
+from lowbit.errors import BadConfig, BadFile, BadOption, NotFound, RuntimeFailed
+from lowbit.run import _looks
+from lowbit.run._hf_tokenizer import HfTokenized
+from lowbit.run.base import Suits, check_sizes, first_line
 
 DTYPES = ("float32", "float16", "bfloat16")
 
 
-class Mlx:
+class Mlx(HfTokenized):
     """An MLX model, loaded and ready to run. A context manager; close() frees the model.
 
     path:    the folder
@@ -33,6 +36,26 @@ class Mlx:
 
     Raises NotFound (no such folder, MLX not installed), BadFile, BadConfig, BadOption, RuntimeFailed.
     """
+
+    name: ClassVar[str] = "mlx"
+    uses_threads: ClassVar[bool] = False  # nor counts them on a GPU
+
+    @classmethod
+    def suits(cls, target: str | os.PathLike[str]) -> Suits:
+        kind = _looks.folder_kind(target)
+        # mlx-lm also loads what is not quantized as it comes from the hub.
+        return Suits.BY_DEFAULT if kind in ("mlx", "mlx-plain") else Suits.BY_NAME if kind else Suits.NO
+
+    @classmethod
+    def installed(cls) -> str | None:
+        try:
+            return f"mlx {metadata.version('mlx')}, mlx-lm {metadata.version('mlx-lm')}"
+        except metadata.PackageNotFoundError:
+            return None
+
+    @classmethod
+    def load_library(cls) -> None:
+        _library()
 
     def __init__(
         self,
@@ -49,59 +72,68 @@ class Mlx:
         self._mx = _library()
         self.threads = 1
         self._model: Any = self._load(dtype)
-        self._tokenizer: Any = None  # read when it is asked for
+        self._cache: Any = None  # of the sequence that feed() goes on with
         self.context: int = context or _size(config, "max_position_embeddings", self.path)
         self.n_vocab: int = _size(config, "vocab_size", self.path)
         self.ubatch = min(ubatch, self.context)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def close(self) -> None:
-        """Frees the model."""
-        self._model = self._tokenizer = None
+        self._model = self._cache = self._tokenizer = None
         self._mx.clear_cache()
 
-    def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
-        """Token ids of a text; ``add_special`` puts BOS (and EOS) where the model's tokenizer does."""
-        self._open_model()
-        if self._tokenizer is None:
-            from mlx_lm.utils import load_tokenizer
+    @property
+    def model_bytes(self) -> int:
+        return sum(array.nbytes for _, array in self._arrays())
 
-            try:
-                self._tokenizer = load_tokenizer(self.path)
-            except Exception as error:  # transformers raises its own, OSError, ValueError, KeyError, ...
-                raise BadFile("MLX cannot load the tokenizer", where=self.path, found=_first_line(error)) from error
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise BadText("the text has a lone surrogate", where=f"character {error.start}") from None
-        return [int(token) for token in self._tokenizer.encode(text, add_special_tokens=add_special)]
+    @property
+    def n_weights(self) -> int:
+        """Of a quantized matrix its weights; scales and biases of groups are none."""
+        bits = {name: module.bits for name, module in self._open_model().named_modules() if hasattr(module, "bits")}
+        count = 0
+        for name, array in self._arrays():
+            owner, _, kind = name.rpartition(".")
+            if owner not in bits:
+                count += array.size
+            elif kind == "weight":
+                count += array.nbytes * 8 // bits[owner]
+        return count
+
+    def _arrays(self) -> list[tuple[str, Any]]:
+        from mlx.utils import tree_flatten
+
+        flat: Any = tree_flatten(self._open_model().parameters())
+        return list(flat)
 
     def logits(self, tokens: Sequence[int] | np.ndarray, start: int = 0) -> Iterator[tuple[int, np.ndarray]]:
-        """Full-vocabulary logits of a fresh sequence, streamed: (offset, float32 (k, n_vocab)) for consecutive runs.
-
-        Row i of a run belongs to position offset + i and predicts the token at offset + i + 1. Only positions from
-        ``start`` on are given. Memory is bounded by (ubatch, n_vocab).
-        """
-        from mlx_lm.models.cache import make_prompt_cache
-
-        mx, model = self._mx, self._open_model()
-        ids = _tokens.fitting(tokens, self.n_vocab, self.context, self.path)
-        cache = make_prompt_cache(model)
+        """As Runtime.logits; memory is bounded by (ubatch, n_vocab)."""
+        ids = self._fitting(tokens)
+        self.reset()
         for begin in range(0, len(ids), self.ubatch):
             end = min(begin + self.ubatch, len(ids))
             first = max(begin, start)
-            try:
-                rows = model(mx.array(ids[begin:end])[None], cache=cache)[0, first - begin :].astype(mx.float32)
-                mx.eval(rows, [layer.state for layer in cache])
-            except Exception as error:  # MLX raises ValueError, RuntimeError and its own
-                raise RuntimeFailed("MLX could not compute", where=self.path, found=_first_line(error)) from error
+            rows = self._rows(ids[begin:end], max(0, end - first))
             if end > first:
-                yield first, np.array(rows)
+                yield first, rows
+
+    def reset(self) -> None:
+        from mlx_lm.models.cache import make_prompt_cache
+
+        self._cache = make_prompt_cache(self._open_model())
+
+    def feed(self, ids: np.ndarray) -> np.ndarray:
+        for begin in range(0, len(ids), self.ubatch):
+            rows = self._rows(ids[begin : begin + self.ubatch], 1)
+        return rows[-1]
+
+    def _rows(self, ids: np.ndarray, outputs: int) -> np.ndarray:
+        """Appends tokens to the sequence; logits of the last ``outputs`` of them, float32 (outputs, n_vocab)."""
+        mx, model = self._mx, self._open_model()
+        try:
+            rows = model(mx.array(ids)[None], cache=self._cache)[0, len(ids) - outputs :].astype(mx.float32)
+            mx.eval(rows, [layer.state for layer in self._cache])
+        except Exception as error:  # MLX raises ValueError, RuntimeError and its own
+            raise RuntimeFailed("MLX could not compute", where=self.path, found=first_line(error)) from error
+        return np.array(rows)
 
     def _load(self, dtype: str | None) -> Any:
         from mlx_lm.utils import load_model
@@ -114,15 +146,22 @@ class Mlx:
                 self._mx.eval(model.parameters())
         except Exception as error:  # whatever a model class raises on a config or on weights that do not fit it
             raise BadFile(
-                "MLX cannot load this folder", where=self.path, found=_first_line(error),
+                "MLX cannot load this folder", where=self.path, found=first_line(error),
                 hint="Is the folder whole, and its model_type known to mlx-lm?",
             ) from error  # fmt: skip
         return model
 
     def _open_model(self) -> Any:
-        if self._model is None:
-            raise RuntimeFailed("this model was closed", where=self.path)
+        self._check_open()
         return self._model
+
+    def _check_open(self) -> None:
+        if self._model is None:
+            self._closed()
+
+    def _fitting(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        self._check_open()
+        return super()._fitting(tokens)
 
 
 def _library() -> Any:
@@ -142,9 +181,7 @@ def _library() -> Any:
 
 
 def _check_options(context: int, ubatch: int, threads: int | None, dtype: str | None) -> None:
-    for name, value, least in (("context", context, 0), ("ubatch", ubatch, 1)):
-        if value < least:
-            raise BadOption(f"impossible {name}", found=value, expected=f"at least {least}")
+    check_sizes(context=context, ubatch=ubatch)
     if threads not in (None, 1):
         raise BadOption("MLX computes on one CPU thread", found=f"threads {threads}", expected="1")
     if dtype is not None and dtype not in DTYPES:
@@ -170,6 +207,4 @@ def _size(config: dict[str, Any], key: str, path: Path) -> int:
     return value
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+RUNTIME = Mlx

@@ -1,0 +1,1 @@
+"""Runtimes with eyes and ears: a text model together with its projector."""
