@@ -27,6 +27,7 @@ ORDER = (
     ("measure",),
     ("imatrix",),
     ("inspect",),
+    ("serve",),
     ("report",),
     ("ship",),
     ("cli",),

@@ -26,8 +26,9 @@ class Scripted:
     name = "scripted"
 
     def __init__(self, *replies: Reply, piece: int = 3) -> None:
-        self.replies, self.sent, self.refused, self._piece = list(replies), [], set(), piece
+        self.replies, self.sent, self.holds, self.refused, self._piece = list(replies), [], set(), set(), piece
         self.sent: list[dict[str, Any]]
+        self.holds: set[str]
         self.refused: set[str]
 
     def _next(self, body: dict[str, Any]) -> Reply:

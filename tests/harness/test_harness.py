@@ -152,7 +152,7 @@ def test_a_call_left_in_the_text_is_found(weather: dict[str, Any]) -> None:
 
 
 def test_a_required_call_is_forced_by_a_schema(weather: dict[str, Any]) -> None:
-    upstream = Scripted("It is sunny.", '<tool_call>{"name": "get_weather", "arguments": {"city": "Rome"}}</tool_call>')
+    upstream = Scripted("It is sunny.", '{"name": "get_weather", "arguments": {"city": "Rome"}}')
     found = complete(upstream, tools=[weather], tool_choice="required")
     assert found["choices"][0]["message"]["tool_calls"]
     assert "tools" not in upstream.sent[1]
@@ -354,6 +354,21 @@ def test_streamed_json_outside_a_grammar_is_whole() -> None:
 def test_a_stream_that_cannot_go_on_raises() -> None:
     with pytest.raises(HarnessError):
         streamed(Scripted("none"), response_format=FORMAT)
+
+
+@pytest.mark.parametrize("reply, ends", [('{"name": "Ann"}', True), ('{"nam', False)])
+def test_json_inside_a_grammar_is_streamed(reply: str, ends: bool) -> None:
+    schema = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
+    upstream = Scripted(reply)
+    upstream.holds.add("grammar")
+    body = {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}
+    if ends:
+        chunks = streamed(upstream, **body)
+        assert len(chunks) > 5 and text(chunks) == reply
+    else:
+        with pytest.raises(InvalidOutput):  # nothing may follow what went out
+            streamed(upstream, **body)
+        assert len(upstream.sent) == 1
 
 
 def test_layers_can_be_off() -> None:

@@ -27,6 +27,7 @@ VERBS = {
     "imatrix": "what matters to a model: an importance matrix, collected in llama.cpp",
     "inspect": "what is this file: architecture, tensors, types, bits per weight",
     "measure": "fidelity, speed and memory of packed files in llama.cpp, with intervals",
+    "serve": "an OpenAI-compatible endpoint that makes a small model reliable",
     "report": "make a run folder's report again and print it",
     "chat": "talk to a packed file in the terminal",
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from lowbit.harness import dialects, guards, healing, structured
-from lowbit.harness.answer import Answer
+from lowbit.harness.answer import Answer, Call, arguments_text
 from lowbit.harness.failures import Problem
 from lowbit.harness.request import Request
 from lowbit.harness.trace import Trace
@@ -14,6 +14,8 @@ from lowbit.harness.trace import Trace
 def judge(answer: Answer, asked: Request, trace: Trace) -> Problem | None:
     """Mends ``answer`` in place; what is wrong with it all the same, or None."""
     on = asked.options.on
+    if asked.forced is not None and not answer.calls:
+        _call_under_schema(answer, asked)
     if on("rescue") and asked.tools and not answer.calls:
         rescue(answer, asked, trace)
     if on("guard") and (found := guards.empty(answer) or guards.repetition(answer.content)):
@@ -27,6 +29,17 @@ def judge(answer: Answer, asked: Request, trace: Trace) -> Problem | None:
     if on("guard") and (found := guards.missing_step(answer, asked)):
         return found
     return _content(answer, asked, trace)
+
+
+def _call_under_schema(answer: Answer, asked: Request) -> None:
+    """A call that feedback.shaped asked for as JSON: {"name": ..., "arguments": {...}} and nothing else."""
+    try:
+        value = json.loads(answer.content)
+    except (ValueError, RecursionError):
+        return
+    if isinstance(value, dict) and value.keys() == {"name", "arguments"} and value["name"] in asked.tools:
+        answer.calls = [Call(name=value["name"], arguments=arguments_text(value["arguments"]))]
+        answer.content = ""
 
 
 def rescue(answer: Answer, asked: Request, trace: Trace) -> None:

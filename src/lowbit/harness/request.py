@@ -56,14 +56,7 @@ def read(body: Any, options: HarnessOptions) -> Request:
     """Raises BadRequest naming the parameter."""
     if not isinstance(body, dict):
         raise BadRequest("the body must be a JSON object")
-    own = body.get("lowbit")
-    if own is not None:
-        if not isinstance(own, dict):
-            raise BadRequest("lowbit must be an object", param="lowbit")
-        try:
-            options = HarnessOptions.read(own, options)
-        except BadOption as error:
-            raise BadRequest(str(error), param="lowbit") from None
+    options = read_options(body.get("lowbit"), options)
     rest = {key: value for key, value in body.items() if key != "lowbit"}
     _check_messages(rest.get("messages"))
     n = rest.get("n")
@@ -83,6 +76,18 @@ def read(body: Any, options: HarnessOptions) -> Request:
         schema=_schema(rest.get("response_format")),
         parallel=rest.get("parallel_tool_calls") is not False,
     )
+
+
+def read_options(own: Any, base: HarnessOptions) -> HarnessOptions:
+    """The options with what a request's "lowbit" object says. Raises BadRequest."""
+    if own is None:
+        return base
+    if not isinstance(own, dict):
+        raise BadRequest("lowbit must be an object", param="lowbit")
+    try:
+        return HarnessOptions.read(own, base)
+    except BadOption as error:
+        raise BadRequest(str(error), param="lowbit") from None
 
 
 def _check_messages(messages: Any) -> None:

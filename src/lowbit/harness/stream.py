@@ -47,7 +47,8 @@ class Stream:
     def _can_be_live(self) -> bool:
         asked, upstream = self._asked, self._harness.upstream
         if asked.schema is not None:
-            grammar = asked.options.on("grammar") and "grammar" not in upstream.refused
+            # Text that went out cannot be taken back: only of a server that is known to hold the schema.
+            grammar = asked.options.on("grammar") and "grammar" in upstream.holds and "grammar" not in upstream.refused
             return grammar and asked.schema.whole_in_grammar and not asked.tools
         return asked.forced is None and not (asked.options.required and asked.tools)
 
@@ -75,7 +76,7 @@ class Stream:
                 yield chunk
             return
         self._trace.add("retry", problem.kind, problem.detail)
-        if not asked.options.on("retry"):
+        if not asked.options.on("retry") or (self._given and asked.schema is not None):
             raise InvalidOutput(problem, self._trace)
         if problem.kind != "upstream":
             self._asked = feedback.after_problem(asked, answer, problem, self._harness.upstream)

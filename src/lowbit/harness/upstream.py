@@ -11,14 +11,14 @@ from lowbit.harness.failures import UpstreamFailed
 
 _LONGEST_LINE = 4 << 20  # bytes of one event of a stream
 _LARGEST = 64 << 20  # bytes of a whole answer
-_LEARNABLE = frozenset({"grammar", "required", "tools"})
 
 
 class Upstream(Protocol):
-    """name: for people. refused: what it was found not to do: "grammar" (it refuses or ignores a schema), "required"
-    (it does not enforce tool_choice), "tools" (its template has none)."""
+    """name: for people. holds: what it is known to do: "grammar" (what it generates under a schema follows it).
+    refused: what it was found not to do: "grammar", "required" (tool_choice), "tools" (its template has none)."""
 
     name: str
+    holds: set[str]
     refused: set[str]
 
     async def chat(self, body: dict[str, Any], seconds: float) -> dict[str, Any]: ...
@@ -35,6 +35,7 @@ class HttpUpstream:
     def __init__(self, url: str, *, key: str | None = None, model: str | None = None, connections: int = 256) -> None:
         self.url, self.model = url.rstrip("/"), model
         self.name = model or self.url
+        self.holds: set[str] = set()
         self.refused: set[str] = set()
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._connections = connections
@@ -53,23 +54,28 @@ class HttpUpstream:
 
     async def chat(self, body: dict[str, Any], seconds: float) -> dict[str, Any]:
         """A whole chat completion. Raises UpstreamFailed."""
-        body = self._body(body, stream=False)
-        async with self._post("/chat/completions", body, seconds) as response:
-            raw = await _read(response, _LARGEST)
-            found = _json(raw)
-            if response.status >= 400:
-                raise _refused(response.status, found, raw)
-            if not isinstance(found, dict):
-                raise UpstreamFailed("the model's server sent no JSON object", code="upstream_malformed")
-            if "error" in found and "choices" not in found:
-                raise _refused(502, found, raw)
-            return found
+        return await self.ask("/chat/completions", body, seconds)
 
-    async def stream(self, body: dict[str, Any], seconds: float) -> AsyncIterator[dict[str, Any]]:
+    def stream(self, body: dict[str, Any], seconds: float) -> AsyncIterator[dict[str, Any]]:
         """The chunks of a chat completion. Raises UpstreamFailed, also where the stream ends before it is whole."""
+        return self.chunks("/chat/completions", body, seconds)
+
+    async def get(self, path: str, seconds: float = 30.0) -> dict[str, Any]:
+        """What a GET of ``path`` gives, a JSON object. Raises UpstreamFailed."""
+        async with _Exchange(self._client(), "GET", self.url + path, None, self._headers, seconds) as response:
+            return await _object(response)
+
+    async def ask(self, path: str, body: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """What a POST gives, a JSON object. Raises UpstreamFailed."""
+        body = self._body(body, stream=False)
+        async with _Exchange(self._client(), "POST", self.url + path, body, self._headers, seconds) as response:
+            return await _object(response)
+
+    async def chunks(self, path: str, body: dict[str, Any], seconds: float) -> AsyncIterator[dict[str, Any]]:
+        """The events of a POST that is answered by a stream, up to [DONE]. Raises UpstreamFailed."""
         body = self._body(body, stream=True)
         body.setdefault("stream_options", {"include_usage": True})
-        async with self._post("/chat/completions", body, seconds) as response:
+        async with _Exchange(self._client(), "POST", self.url + path, body, self._headers, seconds) as response:
             if response.status >= 400:
                 raw = await _read(response, _LARGEST)
                 raise _refused(response.status, _json(raw), raw)
@@ -91,9 +97,6 @@ class HttpUpstream:
         body = {k: v for k, v in body.items() if k not in ("stream", "stream_options")} | {"stream": stream}
         return body | ({"model": self.model} if self.model else {})
 
-    def _post(self, path: str, body: dict[str, Any], seconds: float) -> Any:
-        return _Post(self._client(), self.url + path, body, self._headers, seconds)
-
     def _client(self) -> Any:
         if self._session is None:
             import aiohttp
@@ -104,12 +107,21 @@ class HttpUpstream:
         return self._session
 
 
-class _Post:
+class _Exchange:
     """One request, with every way in which it can fail turned into UpstreamFailed."""
 
-    def __init__(self, client: Any, url: str, body: dict[str, Any], headers: dict[str, str], seconds: float) -> None:
-        self._client, self._url, self._headers, self._seconds = client, url, headers, seconds
-        self._data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
+    def __init__(
+        self,
+        client: Any,
+        method: str,
+        url: str,
+        body: dict[str, Any] | None,
+        headers: dict[str, str],
+        seconds: float,
+    ) -> None:
+        self._client, self._method, self._url, self._seconds = client, method, url, seconds
+        self._headers = headers | ({"Content-Type": "application/json"} if body is not None else {})
+        self._data = None if body is None else json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
         self._response: Any = None
         self._timeout: Any = None
 
@@ -117,22 +129,17 @@ class _Post:
         self._timeout = asyncio.timeout(self._seconds)
         await self._timeout.__aenter__()
         try:
-            self._response = await self._client.post(
-                self._url,
-                data=self._data,
-                headers={"Content-Type": "application/json", **self._headers},
-                allow_redirects=False,
-                timeout=None,
+            self._response = await self._client.request(
+                self._method, self._url, data=self._data, headers=self._headers, allow_redirects=False, timeout=None
             )
             if 300 <= self._response.status < 400:
                 raise UpstreamFailed("the model's server redirects, which is not followed", again=False)
         except BaseException as error:
-            if await self.__aexit__(type(error), error, error.__traceback__):
-                raise AssertionError("unreachable") from error
+            await self.__aexit__(type(error), error, error.__traceback__)
             raise
         return self._response
 
-    async def __aexit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
+    async def __aexit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if self._response is not None:
             if error is None:
                 self._response.release()
@@ -145,7 +152,6 @@ class _Post:
             raise UpstreamFailed(message, status=504, code="upstream_timeout") from None
         if error is not None and _is_network(error):
             raise UpstreamFailed(f"the model's server: {_said(error)}", code="upstream_unreachable") from error
-        return False
 
 
 async def events(content: Any) -> AsyncIterator[bytes]:
@@ -168,6 +174,18 @@ async def events(content: Any) -> AsyncIterator[bytes]:
         pending.append(buffer[5:].strip())
     if pending:
         yield b"\n".join(pending)
+
+
+async def _object(response: Any) -> dict[str, Any]:
+    raw = await _read(response, _LARGEST)
+    found = _json(raw)
+    if response.status >= 400:
+        raise _refused(response.status, found, raw)
+    if not isinstance(found, dict):
+        raise UpstreamFailed("the model's server sent no JSON object", code="upstream_malformed")
+    if "error" in found and "choices" not in found:
+        raise _refused(502, found, raw)
+    return found
 
 
 async def _read(response: Any, most: int) -> bytes:

@@ -1,0 +1,57 @@
+"""An OpenAI-compatible endpoint that makes a small model reliable: schema, tool calls, retries, guards, fallback."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from lowbit.cli.training import positive
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--upstream", metavar="URL", required=True, help="an OpenAI-compatible server, up to /v1")
+    parser.add_argument("--upstream-model", metavar="NAME", help="the model's name there, put into every request")
+    parser.add_argument("--host", default="127.0.0.1", help="where to listen (default: this machine alone)")
+    parser.add_argument("--port", type=int, default=8080, metavar="N", help="default: 8080; 0 takes a free one")
+    parser.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help="what callers must send; better in LOWBIT_API_KEY, where no list of processes shows it. "
+        "LOWBIT_UPSTREAM_KEY is what is sent to the upstream",
+    )
+    group = parser.add_argument_group("the harness")
+    group.add_argument("--tries", type=positive, default=3, metavar="N", help="requests for one answer (default: 3)")
+    group.add_argument("--seconds", type=float, default=300.0, metavar="S", help="time for one answer (default: 300)")
+    group.add_argument("--token-budget", type=positive, metavar="N", help="completion tokens of all tries together")
+    group.add_argument("--max-steps", type=positive, metavar="N", help="rounds of tool calls (default: any number)")
+    group.add_argument("--require", metavar="TOOL", action="append", default=[], help="must be called before an answer")
+    group.add_argument("--dialect", metavar="NAME", help="how the model writes tool calls (default: all are tried)")
+    group.add_argument("--without", metavar="LAYER", action="append", default=[], help="switch a layer off")
+
+
+def run(args: argparse.Namespace) -> int:
+    from lowbit.errors import BadOption
+    from lowbit.harness import LAYERS, HarnessOptions
+    from lowbit.serve import ServeOptions, serve
+
+    if unknown := sorted(set(args.without) - set(LAYERS)):
+        raise BadOption("unknown layer", found=unknown[0], expected=", ".join(LAYERS))
+    harness = HarnessOptions(
+        tries=args.tries,
+        seconds=args.seconds,
+        token_budget=args.token_budget,
+        max_steps=args.max_steps,
+        required=tuple(args.require),
+        dialect=args.dialect,
+        layers=frozenset(LAYERS) - set(args.without),
+    )
+    options = ServeOptions(
+        host=args.host,
+        port=args.port,
+        key=args.api_key or os.environ.get("LOWBIT_API_KEY"),
+        upstream_key=os.environ.get("LOWBIT_UPSTREAM_KEY"),
+        model=args.upstream_model,
+        harness=harness,
+    )
+    serve(args.upstream, options=options)
+    return 0

@@ -1,0 +1,140 @@
+"""The endpoint: OpenAI's paths, each answered through the harness."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from aiohttp import web
+
+from lowbit.harness import Harness, HarnessError, HttpUpstream, text
+from lowbit.serve import guard, sse
+from lowbit.serve.metrics import Metrics
+
+log = logging.getLogger("lowbit.serve")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """body_bytes: of a request. open_requests: answered at a time, the rest get 429. body_seconds: for a body to come
+    in."""
+
+    body_bytes: int = 32 << 20
+    open_requests: int = 512
+    body_seconds: float = 30.0
+
+
+class Service:
+    """What the routes share. page: whether the model's server has a web page of its own that is passed on."""
+
+    def __init__(
+        self, harness: Harness, upstream: HttpUpstream, metrics: Metrics, limits: Limits, *, page: bool = False
+    ) -> None:
+        self.harness, self.upstream, self.metrics, self.limits, self.page = harness, upstream, metrics, limits, page
+
+    def app(self, *, hosts: tuple[str, ...], key: str | None) -> web.Application:
+        """hosts, key: see guard.middleware."""
+        app = web.Application(
+            middlewares=[self._counted(), guard.middleware(hosts=hosts, key=key)],
+            client_max_size=self.limits.body_bytes,
+        )
+        app.router.add_post("/v1/chat/completions", self.chat)
+        app.router.add_post("/v1/completions", self.completions)
+        app.router.add_get("/v1/models", self.models)
+        app.router.add_get("/v1/models/{model:.+}", self.model)
+        app.router.add_get("/health", self.health)
+        app.router.add_get("/metrics", self.show_metrics)
+        app.on_cleanup.append(self._close)
+        return app
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        body = await guard.body_of(request, self.limits.body_seconds)
+        guard.refuse_urls(body)
+        streamed, options = body.pop("stream", None), body.pop("stream_options", None)
+        if streamed:
+            usage = bool(isinstance(options, dict) and options.get("include_usage"))
+            return await sse.send(request, _without_usage(self.harness.stream(body), keep=usage))
+        return guard.json_response(await self.harness.complete(body))
+
+    async def completions(self, request: web.Request) -> web.StreamResponse:
+        """Text as it is: no template, no tools; what the harness adds is that silence and endless text are failures."""
+        body = await guard.body_of(request, self.limits.body_seconds)
+        body.pop("stream_options", None)
+        if body.pop("stream", None):
+            return await sse.send(request, text.stream(self.harness, self.upstream, body))
+        return guard.json_response(await text.complete(self.harness, self.upstream, body))
+
+    async def models(self, request: web.Request) -> web.StreamResponse:
+        return guard.json_response(await self.upstream.get("/models"))
+
+    async def model(self, request: web.Request) -> web.StreamResponse:
+        wanted, listed = request.match_info["model"], await self.upstream.get("/models")
+        for entry in listed.get("data") or []:
+            if isinstance(entry, dict) and entry.get("id") == wanted:
+                return guard.json_response(entry)
+        raise HarnessError(f"there is no model {wanted[:100]}", status=404, code="model_not_found")
+
+    async def health(self, request: web.Request) -> web.StreamResponse:
+        """200 where the model's server answers, 503 where it does not."""
+        try:
+            await self.upstream.get("/models", seconds=5.0)
+        except HarnessError as error:
+            return guard.json_response({"status": "error", "error": error.message}, status=503)
+        return guard.json_response({"status": "ok"})
+
+    async def show_metrics(self, request: web.Request) -> web.StreamResponse:
+        page, kind = self.metrics.render()
+        return web.Response(body=page, headers={"Content-Type": kind})
+
+    def _counted(self) -> Any:
+        """The outermost layer: counts, bounds what is open, and turns a fault of our own into an answer."""
+
+        @web.middleware
+        async def counted(request: web.Request, handler: guard.Handler) -> web.StreamResponse:
+            route = request.match_info.route.resource
+            path = route.canonical if route is not None else "other"
+            begun, status = time.monotonic(), 500
+            if self.metrics.open._value.get() >= self.limits.open_requests:
+                error = HarnessError("too many requests are open", status=429, code="overloaded")
+                self.metrics.request(path, 429, 0.0)
+                return guard.json_response(error.as_json(), status=429, headers={"Retry-After": "1"})
+            with self.metrics.open.track_inprogress():
+                try:
+                    response = await handler(request)
+                    status = response.status
+                    return response
+                except asyncio.CancelledError:
+                    status = 499  # the caller left
+                    raise
+                except Exception:
+                    log.exception("a fault of lowbit's own on %s", path)  # never the body
+                    error = HarnessError("a fault of lowbit's own", status=500, code="internal_error")
+                    return guard.json_response(error.as_json(), status=500)
+                finally:
+                    self.metrics.request(path, status, time.monotonic() - begun)
+
+        return counted
+
+    async def _close(self, app: web.Application) -> None:
+        await self.upstream.close()
+
+
+async def _without_usage(chunks: Any, *, keep: bool) -> Any:
+    """Clients that did not ask for usage do not expect a chunk without choices: there, what was done goes with the
+    chunk that ends the answer."""
+    ending = None
+    async for chunk in chunks:
+        if keep:
+            yield chunk
+        elif chunk.get("choices") and chunk["choices"][0].get("finish_reason"):
+            ending = chunk
+        elif ending is not None and not chunk.get("choices"):
+            yield ending | {"lowbit": chunk.get("lowbit")}
+            ending = None
+        else:
+            yield chunk
+    if ending is not None:
+        yield ending
