@@ -24,6 +24,7 @@ ORDER = (
     ("harness",),
     ("train",),
     ("calibrate", "pack"),
+    ("plan",),
     ("measure",),
     ("imatrix",),
     ("inspect",),

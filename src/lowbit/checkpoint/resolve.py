@@ -46,6 +46,15 @@ def resolve(model: str | Path) -> Path:
     )
 
 
+def resolve_config(model: str | Path) -> Path:
+    """What ``resolve`` gives, for those who need no weights: of a hub id config.json alone is downloaded, and a
+    config.json may stand for itself. Raises NotFound."""
+    path = Path(model).expanduser()
+    if isinstance(model, str) and model not in _PACKAGED and not path.exists() and _HUB_ID.fullmatch(model):
+        return _config_from_hub(model)
+    return resolve(model)
+
+
 def _folder(path: Path) -> Path:
     """A folder without config.json that holds one GGUF means that GGUF."""
     if not (path / "config.json").exists():
@@ -114,21 +123,34 @@ def _from_hub(hub_id: str) -> Path:
     try:
         folder = Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
     except Exception as error:
-        # The client raises requests', httpx's, its own and OS errors; all of them mean: not to be had now.
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise NotFound(
-            "no such folder, and the hub did not give a model of this name",
-            where=hub_id,
-            found=f"{type(error).__name__}: {reason}",
-            hint="Check the name and the network (HF_HUB_OFFLINE must be unset), log in with `hf auth login` if it "
-            "is gated, or give the path of a folder you downloaded",
-        ) from error
+        raise _not_on_hub(hub_id, error) from error
     if not (folder / "config.json").exists():
         hint = "If it holds GGUF files, download one (hf download) and give its path"
         raise NotFound(
             "this hub repository holds no model of safetensors", where=hub_id, expected="config.json", hint=hint
         )
     return folder
+
+
+def _config_from_hub(hub_id: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(hub_id, "config.json"))
+    except Exception as error:
+        raise _not_on_hub(hub_id, error) from error
+
+
+def _not_on_hub(hub_id: str, error: Exception) -> NotFound:
+    """The client raises requests', httpx's, its own and OS errors; all of them mean: not to be had now."""
+    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    return NotFound(
+        "no such folder, and the hub did not give a model of this name",
+        where=hub_id,
+        found=f"{type(error).__name__}: {reason}",
+        hint="Check the name and the network (HF_HUB_OFFLINE must be unset), log in with `hf auth login` if it "
+        "is gated, or give the path of a folder you downloaded",
+    )
 
 
 _PACKAGED = {"smollm2-135m": _smollm2, "gemma3-270m": _gemma3}

@@ -26,6 +26,7 @@ VERBS = {
     "calibrate": "measure what each weight does to the output, for pack --calibration",
     "imatrix": "what matters to a model: an importance matrix, collected in llama.cpp",
     "inspect": "what is this file: architecture, tensors, types, bits per weight",
+    "plan": "will it fit: weights, KV cache and scratch, before anything is loaded",
     "measure": "fidelity, speed and memory of packed files in llama.cpp, with intervals",
     "serve": "an OpenAI-compatible endpoint that makes a small model reliable",
     "report": "make a run folder's report again and print it",

@@ -37,15 +37,15 @@ def show_certificate(certificate: Mapping[str, Any], stream: IO[str]) -> None:
         times = f"{len(tensors)} × " if len(tensors) > 1 else ""
         counts = (_count(sums[key], sums["blocks"], key) for key in _COUNTS)
         largest = max(tensor["max_error"] for tensor in tensors)
-        table.add_row(_plain(times + kind), _plain(stored), _plain(said), *counts, f"{largest:.3g}" if largest else "0")
-    console = _console(stream)
+        table.add_row(plain(times + kind), plain(stored), plain(said), *counts, f"{largest:.3g}" if largest else "0")
+    console = console_for(stream)
     console.print(table)
     share = format_share(totals["exact"], totals["blocks"])
     line = f"{certificate['artifact']}: {share} of {totals['blocks']:,} blocks give the source back, bit for bit"
     uncompared = sum(tensor["note"] is not None for tensor in certificate["tensors"])
     if uncompared:
         line += f"; {uncompared} tensor{'s' if uncompared > 1 else ''} could not be compared"
-    console.print(_plain(line))
+    console.print(plain(line))
 
 
 def show_mix(rows: Iterable[Mapping[str, Any]], stream: IO[str]) -> None:
@@ -66,8 +66,8 @@ def show_mix(rows: Iterable[Mapping[str, Any]], stream: IO[str]) -> None:
         said = ", ".join(f"{count} × {name}" if len(group) > 1 else name for name, count in sorted(types.items()))
         size, cost = sum(row["bytes"] for row in group), sum(row["cost"] for row in group)
         times = f"{len(group)} × " if len(group) > 1 else ""
-        table.add_row(_plain(times + kind), said, format_bytes(size), f"{cost:.2g}")
-    _console(stream).print(table)
+        table.add_row(plain(times + kind), said, format_bytes(size), f"{cost:.2g}")
+    console_for(stream).print(table)
 
 
 def show_lattices(tensors: Iterable[Mapping[str, Any]], stream: IO[str]) -> None:
@@ -84,8 +84,8 @@ def show_lattices(tensors: Iterable[Mapping[str, Any]], stream: IO[str]) -> None
     table.add_column("tensors", justify="right")
     table.add_column("which", overflow="fold")
     for name, kinds in sorted(found.items(), key=lambda item: -sum(item[1].values())):
-        table.add_row(_plain(name), str(sum(kinds.values())), _plain(", ".join(kinds)))
-    _console(stream).print(table)
+        table.add_row(plain(name), str(sum(kinds.values())), plain(", ".join(kinds)))
+    console_for(stream).print(table)
 
 
 def kind_of(name: str) -> str:
@@ -97,10 +97,10 @@ def _count(value: int, blocks: int, key: str) -> str:
     return f"{value:,}" if key == "blocks" else format_share(value, blocks)
 
 
-def _plain(value: str) -> Text:
+def plain(value: str) -> Text:
     """Text from a file: no markup, and no control characters to steer the terminal with."""
     return Text("".join(c if c.isprintable() else " " for c in value))
 
 
-def _console(stream: IO[str]) -> Console:
+def console_for(stream: IO[str]) -> Console:
     return Console(file=stream, highlight=False, markup=False, width=None if stream.isatty() else _WIDTH)

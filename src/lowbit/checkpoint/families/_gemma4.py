@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from gguf.constants import GGUFValueType
 
-from lowbit.checkpoint.families.base import Keys, TensorSpec, array, positive, real, rope_parameters, uint
+from lowbit.checkpoint.families.base import Keys, LayerCache, TensorSpec, array, positive, real, rope_parameters, uint
 from lowbit.checkpoint.gguf_file import Field
 from lowbit.errors import BadConfig, Unsupported
 
@@ -217,6 +217,19 @@ def rope_freqs(config: Mapping[str, Any]) -> np.ndarray:
     half, rope = config["global_head_dim"] // 2, config["rope_parameters"][FULL]
     turned = int(rope.get("partial_rotary_factor", 1.0) * config["global_head_dim"] // 2)
     return np.where(np.arange(half) < turned, 1.0, _NEVER).astype(np.float32)
+
+
+def cache(config: Mapping[str, Any], owners: Mapping[str, int]) -> tuple[LayerCache, ...]:
+    """What every layer caches. ``owners``: by kind of layer, whose keys and values those use that have none."""
+    found = []
+    for kind, layer in zip(config["layer_types"], layers(config), strict=True):
+        found.append(
+            LayerCache(
+                kv_heads=layer.kv_heads, k_dim=layer.head_dim, v_dim=layer.head_dim,
+                window=None if layer.full else config["sliding_window"], owner=None if layer.owns_kv else owners[kind],
+            )
+        )  # fmt: skip
+    return tuple(found)
 
 
 def tensor(name: str, gguf_name: str, role: str, *shape: int) -> TensorSpec:

@@ -89,6 +89,26 @@ class TensorSpec:
         return values
 
 
+TARGET = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCache:
+    """What one layer keeps of each token it has read, so that later tokens can attend to it.
+
+    kv_heads: key-value heads. k_dim, v_dim: elements of a head's key and of its value. window: tokens that a sliding
+    layer attends to; None where the layer attends to everything. owner: the layer whose keys and values this one
+    attends to instead of keeping its own; TARGET (-1) for those of the model that a drafter drafts for; None where
+    the layer has its own.
+    """
+
+    kv_heads: int
+    k_dim: int
+    v_dim: int
+    window: int | None = None
+    owner: int | None = None
+
+
 def decoder_tensors(
     layer: Sequence[tuple[str, str, str, tuple[int, ...]]],
     n_layers: int,
@@ -144,6 +164,7 @@ class Family(ABC):
     model_types: ClassVar[tuple[str, ...]]
     architectures: ClassVar[tuple[str, ...]]
     spm_model: ClassVar[str] = "llama"  # tokenizer.ggml.model of a tokenizer with byte fallback
+    packs: ClassVar[bool] = True  # False of a family that can be planned for and nothing else
 
     @abstractmethod
     def text_config(self, config: Mapping[str, Any], where: object) -> dict[str, Any]:
@@ -152,6 +173,10 @@ class Family(ABC):
     @abstractmethod
     def tensors(self, config: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
         """Every tensor of the text model in file order; a tied output head is absent."""
+
+    @abstractmethod
+    def cache(self, config: Mapping[str, Any]) -> tuple[LayerCache, ...]:
+        """What each layer of a checked config caches, in order; empty where nothing is cached."""
 
     def stored_name(self, name: str, stored: Collection[str]) -> str:
         """The name under which a Hugging Face folder holds tensor ``name`` (multimodal models prefix theirs)."""

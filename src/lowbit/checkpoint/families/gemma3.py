@@ -14,6 +14,7 @@ from lowbit.checkpoint.families.base import (
     Family,
     Gguf,
     Keys,
+    LayerCache,
     TensorSpec,
     decoder_tensors,
     mlx_rope,
@@ -98,6 +99,16 @@ class Gemma3(Family):
         tied = config.get("tie_word_embeddings") is not False
         # Hugging Face multiplies by (1 + norm), llama.cpp by what the file holds.
         return decoder_tensors(layer, config["num_hidden_layers"], hidden, vocab, tied=tied, norm_offset=1.0)
+
+    def cache(self, config: Mapping[str, Any]) -> tuple[LayerCache, ...]:
+        head_dim, kv_heads = config["head_dim"], config["num_key_value_heads"]
+        return tuple(
+            LayerCache(
+                kv_heads=kv_heads, k_dim=head_dim, v_dim=head_dim,
+                window=config["sliding_window"] if kind == "sliding_attention" else None,
+            )
+            for kind in _layer_types(config["num_hidden_layers"])
+        )  # fmt: skip
 
     def stored_name(self, name: str, stored: Collection[str]) -> str:
         return multimodal_name(name, stored)

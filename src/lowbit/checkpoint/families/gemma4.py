@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from lowbit.checkpoint.families import _gemma4, _gemma4_gguf
-from lowbit.checkpoint.families._gemma4 import tensor
-from lowbit.checkpoint.families.base import Family, Gguf, TensorSpec, multimodal_name
+from lowbit.checkpoint.families._gemma4 import FULL, WINDOW, tensor
+from lowbit.checkpoint.families.base import Family, Gguf, LayerCache, TensorSpec, multimodal_name
 from lowbit.checkpoint.gguf_file import Field
 from lowbit.errors import BadConfig, Unsupported
 
@@ -72,6 +72,10 @@ class Gemma4(Family):
         if not config["tie_word_embeddings"]:
             found.append(tensor("lm_head.weight", "output.weight", "output", vocab, hidden))
         return tuple(found)
+
+    def cache(self, config: Mapping[str, Any]) -> tuple[LayerCache, ...]:
+        first_shared = config["num_hidden_layers"] - config["num_kv_shared_layers"]
+        return _gemma4.cache(config, {WINDOW: first_shared - 2, FULL: first_shared - 1})
 
     def stored_name(self, name: str, stored: Collection[str]) -> str:
         return multimodal_name(name, stored)

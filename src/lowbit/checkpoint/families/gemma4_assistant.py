@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from lowbit.checkpoint.families import _gemma4, _gemma4_gguf
-from lowbit.checkpoint.families._gemma4 import tensor
-from lowbit.checkpoint.families.base import Family, Gguf, Keys, TensorSpec, uint
+from lowbit.checkpoint.families._gemma4 import FULL, WINDOW, tensor
+from lowbit.checkpoint.families.base import TARGET, Family, Gguf, Keys, LayerCache, TensorSpec, uint
 from lowbit.checkpoint.gguf_file import Field
 from lowbit.errors import BadConfig, Unsupported
 
@@ -73,6 +73,9 @@ class Gemma4Assistant(Family):
             tensor("pre_projection.weight", "nextn.pre_projection.weight", "pre_projection", hidden, 2 * backbone),
             tensor("post_projection.weight", "nextn.post_projection.weight", "post_projection", backbone, hidden),
         )
+
+    def cache(self, config: Mapping[str, Any]) -> tuple[LayerCache, ...]:
+        return _gemma4.cache(config["text_config"], {WINDOW: TARGET, FULL: TARGET})
 
     def ignorable(self, stored_name: str, config: Mapping[str, Any]) -> bool:
         return stored_name == "lm_head.weight" or stored_name.startswith(_CENTROIDS)

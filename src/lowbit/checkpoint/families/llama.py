@@ -12,7 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from lowbit.checkpoint.families.base import Family, Gguf, Keys, TensorSpec, mlx_rope, real, rope_of, text, uint
+from lowbit.checkpoint.families.base import (
+    Family,
+    Gguf,
+    Keys,
+    LayerCache,
+    TensorSpec,
+    mlx_rope,
+    real,
+    rope_of,
+    text,
+    uint,
+)
 from lowbit.checkpoint.gguf_file import Field
 from lowbit.errors import BadConfig, BadFile, Unsupported
 
@@ -100,6 +111,10 @@ class Llama(Family):
                 TensorSpec(name="lm_head.weight", gguf_name="output.weight", role="output", shape=(vocab, hidden))
             )
         return tuple(specs)
+
+    def cache(self, config: Mapping[str, Any]) -> tuple[LayerCache, ...]:
+        head_dim, kv_heads = _head_dim(config), config.get("num_key_value_heads") or config["num_attention_heads"]
+        return (LayerCache(kv_heads=kv_heads, k_dim=head_dim, v_dim=head_dim),) * config["num_hidden_layers"]
 
     def ignorable(self, stored_name: str, config: Mapping[str, Any]) -> bool:
         tied_head = stored_name == "lm_head.weight" and bool(config.get("tie_word_embeddings"))

@@ -13,6 +13,7 @@ from lowbit.checkpoint.families.base import (
     Family,
     Gguf,
     Keys,
+    LayerCache,
     TensorSpec,
     decoder_tensors,
     mlx_rope,
@@ -82,6 +83,10 @@ class Qwen3(Family):
         return decoder_tensors(
             layer, config["num_hidden_layers"], hidden, vocab, tied=bool(config.get("tie_word_embeddings"))
         )
+
+    def cache(self, config: Mapping[str, Any]) -> tuple[LayerCache, ...]:
+        head_dim, kv_heads = config["head_dim"], config["num_key_value_heads"]
+        return (LayerCache(kv_heads=kv_heads, k_dim=head_dim, v_dim=head_dim),) * config["num_hidden_layers"]
 
     def ignorable(self, stored_name: str, config: Mapping[str, Any]) -> bool:
         return stored_name == "lm_head.weight" and bool(config.get("tie_word_embeddings"))

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 from gguf.constants import GGUFValueType
 
-from lowbit.checkpoint.families.base import Family, ReadRows, TensorSpec, real, text, uint
+from lowbit.checkpoint.families.base import Family, LayerCache, ReadRows, TensorSpec, real, text, uint
 from lowbit.checkpoint.gguf_file import Field
 from lowbit.errors import BadConfig, Unsupported
 
@@ -79,6 +79,9 @@ class Projector(Family):
 
     def text_config(self, config: Mapping[str, Any], where: object) -> dict[str, Any]:
         return self.own_config(config, where)
+
+    def cache(self, config: Mapping[str, Any]) -> tuple[LayerCache, ...]:
+        return ()  # a tower sees its image once
 
     def config_from_gguf(self, values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: object) -> dict:
         raise Unsupported("a packed mmproj is not read as a checkpoint", where=where)

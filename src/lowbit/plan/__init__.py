@@ -1,0 +1,40 @@
+"""Will it fit: weights, KV cache, scratch, drafter and projector of a model in a runtime, before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lowbit.plan import runtimes
+from lowbit.plan.model import PlanModel, open_model
+from lowbit.plan.options import PlanOptions
+from lowbit.plan.result import Plan, Row
+from lowbit.verbs import make_callable
+
+__all__ = ["Plan", "PlanModel", "PlanOptions", "Row", "open_model", "plan", "plan_open"]
+
+
+def plan(model: str | Path, options: PlanOptions | None = None) -> Plan:
+    """What ``model`` takes in ``options.runtime``: a GGUF, a folder, a config.json, a hub id or a packaged name.
+
+    No weight is read, and of a hub id only config.json is downloaded.
+    Raises NotFound, BadFile, BadConfig, BadOption or Unsupported.
+    """
+    with open_model(model) as opened:
+        return plan_open(opened, options or PlanOptions())
+
+
+def plan_open(model: PlanModel, options: PlanOptions) -> Plan:
+    """The same for an open model: for those who ask for many options."""
+    runtime = runtimes.get(options.runtime)
+    settings = runtime.settings(model, options)
+    return Plan(
+        model=model.name,
+        architecture=model.architecture,
+        runtime=runtime.name,
+        settings=settings,
+        rows=runtime.rows(model, options),
+        notes=runtime.notes(model, options),
+    )
+
+
+make_callable(__name__)
