@@ -1,7 +1,7 @@
 """llama.cpp on a CPU, started as llama-server starts it.
 
 The cache follows from the config by formula (_llama_kv.py). Weights as loaded and compute buffers are llama.cpp's own
-figures: it lays the model out without allocating anything (lowbit.run.llama_cpp_dry), from the GGUF or from a header
+figures: it lays the model out without allocating anything (lowbit.run._dry_run), from the GGUF or from a header
 written for the config. Where the installed llama.cpp cannot, they are estimates, and the rows say so.
 """
 
@@ -19,8 +19,8 @@ from lowbit.plan.options import PlanOptions
 from lowbit.plan.result import Row
 from lowbit.plan.runtimes import _llama_kv, _llama_scratch
 from lowbit.plan.runtimes.base import Runtime
+from lowbit.run._dry_run import ContextMemory, DryRun, LaidOut
 from lowbit.run.llama_cpp import KV_TYPES
-from lowbit.run.llama_cpp_dry import ContextMemory, DryRun, LaidOut
 from lowbit.units import GIB, format_bytes
 
 DEFAULT_RECIPE = "q4_0"

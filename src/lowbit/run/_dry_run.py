@@ -20,7 +20,7 @@ from typing import Any
 from lowbit.errors import BadFile, RuntimeFailed, Unsupported
 from lowbit.run._llama_memory import Memory
 
-_CHILD = "from lowbit.run._llama_dry import child; child()"
+_CHILD = "from lowbit.run._dry_run_child import child; child()"
 
 
 @dataclass(frozen=True, kw_only=True)

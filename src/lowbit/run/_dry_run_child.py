@@ -1,4 +1,4 @@
-"""The child process behind llama_cpp_dry.py: requests as JSON lines on standard input, answers on standard output."""
+"""The child process behind _dry_run.py: requests as JSON lines on standard input, answers on standard output."""
 
 from __future__ import annotations
 
