@@ -22,6 +22,7 @@ from lowbit.measure.bootstrap import Bootstrap
 from lowbit.measure.record import Figure, machine
 from lowbit.measure.speed import probe
 from lowbit.measure.text import chunks_of, read_text
+from lowbit.threads import thread_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +120,7 @@ def _measure(
         for model in models:
             opening.check_same_tokens(model, reference, text)
         with console.progress("Measuring fidelity", total=len(chunks) * (1 + len(models))) as bar:
-            of_reference, scores = fidelity.score(reference, models, chunks, bar.update)
+            of_reference, scores = fidelity.score(reference, models, chunks, bar.update, thread_count(options.threads))
         described = [opening.described(model) for model in [reference, *models]]
     bootstrap = Bootstrap(*scores[0].kld.shape, resamples=options.resamples, seed=options.seed)
     described[0]["path"] = reference_name

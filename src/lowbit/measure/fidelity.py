@@ -7,15 +7,19 @@ has at least half a chunk of context. With first = chunk // 2, position i in fir
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from lowbit.measure.bootstrap import Bootstrap
+from lowbit.measure.divergence import kl, softmax
 from lowbit.measure.in_step import in_step
 from lowbit.measure.record import Figure, exact
 from lowbit.run.base import Runtime
+from lowbit.threads import in_order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +48,13 @@ def score(
     artifacts: Sequence[Runtime],
     chunks: np.ndarray,
     advance: Callable[[int], None] = lambda done: None,
+    threads: int = 1,
 ) -> tuple[Scores, list[Scores]]:
     """Runs every file over every chunk; the reference's scores and each artifact's.
 
     chunks:  int32 (n, chunk)
     advance: called with the number of chunks done, all files together
+    threads: that compare the rows, once they are computed
     All models must share the vocabulary. They are decoded in step, each in slices of its own: at any time one slice of
     logits of every model is held.
     """
@@ -59,34 +65,48 @@ def score(
     of_artifacts = [Scores.empty(n, scored) for _ in artifacts]
     done = 0
     for c, tokens in enumerate(chunks):
-        for offset, (expected, *found) in in_step(model.logits(tokens, first) for model in (reference, *artifacts)):
-            rows = min(len(expected), chunk - 1 - offset)
-            at = (c, slice(offset - first, offset - first + rows))
-            following = tokens[offset + 1 : offset + 1 + rows]
-            for i in range(rows):
-                of_reference.nll[c, offset - first + i] = -_log_probability(expected[i], following[i])
-            for logits, scores in zip(found, of_artifacts, strict=True):
-                compare(expected[:rows], logits[:rows], following, scores, at)
+        for offset, logits in in_step(model.logits(tokens, first) for model in (reference, *artifacts)):
+            compare(logits, tokens, offset, (of_reference, *of_artifacts), c, threads)
         done += 1 + len(artifacts)
         advance(done)
     return of_reference, of_artifacts
 
 
 def compare(
-    reference: np.ndarray, artifact: np.ndarray, following: np.ndarray, into: Scores, at: tuple[int, slice]
+    logits: Sequence[np.ndarray], tokens: np.ndarray, offset: int, into: Sequence[Scores], c: int, threads: int = 1
 ) -> None:
-    """Scores rows of logits, float32 (rows, n_vocab) each, against each other and the tokens that follow, (rows,).
+    """Scores rows of logits against the first file's and the tokens that follow.
 
-    A row at a time in float64: exact to 1e-12 nats, and the few arrays of one row stay in the processor's cache.
+    logits: of each file, the reference first, float32 (rows, n_vocab) for the positions from ``offset`` on
+    tokens: the chunk's, (chunk,); c: which chunk it is
+    into:   the files' scores, in the same order
     """
-    c, span = at
-    for i, (r, a, token) in enumerate(zip(reference, artifact, following, strict=True), start=span.start):
-        log_p, log_q = _log_softmax(r), _log_softmax(a)
-        into.nll[c, i] = -log_q[token]
-        into.delta_p[c, i] = np.exp(log_q[token]) - np.exp(log_p[token])
-        into.same_top[c, i] = r.argmax() == a.argmax()
-        np.subtract(log_p, log_q, out=log_q)
-        into.kld[c, i] = np.dot(np.exp(log_p, out=log_p), log_q)
+    chunk = len(tokens)
+    rows = min(len(logits[0]), chunk - 1 - offset)  # the last position predicts nothing that is known
+    share = -(-rows // max(1, threads))
+
+    def some(begin: int) -> None:
+        scratch = np.empty((2, logits[0].shape[1]), np.float32)
+        for i in range(begin, min(begin + share, rows)):
+            _compare_row([of[i] for of in logits], tokens[offset + i + 1], into, (c, offset + i - chunk // 2), scratch)
+
+    for _ in in_order((partial(some, begin) for begin in range(0, rows, max(1, share))), threads):
+        pass
+
+
+def _compare_row(
+    rows: Sequence[np.ndarray], token: int, into: Sequence[Scores], at: tuple[int, int], scratch: np.ndarray
+) -> None:
+    p = softmax(rows[0], scratch[0])
+    log_p = float(rows[0][token]) - p.log_sum
+    into[0].nll[at] = -log_p
+    for row, scores in zip(rows[1:], into[1:], strict=True):
+        q = softmax(row, scratch[1])
+        log_q = float(row[token]) - q.log_sum
+        scores.nll[at] = -log_q
+        scores.delta_p[at] = math.exp(log_q) - math.exp(log_p)
+        scores.same_top[at] = q.top == p.top
+        scores.kld[at] = kl(p, q, rows[0], row, scratch[1])
 
 
 def figures(scores: Scores, bootstrap: Bootstrap) -> dict[str, Figure]:
@@ -124,15 +144,3 @@ def paired(baseline: Scores, artifact: Scores, bootstrap: Bootstrap) -> dict[str
         "top1_difference": bootstrap.mean(tops, "share"),
         "log_perplexity_difference": bootstrap.mean(artifact.nll - baseline.nll, "nats"),
     }
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    """float32 (n_vocab,) -> float64 (n_vocab,)"""
-    shifted = logits.astype(np.float64)
-    shifted -= shifted.max()
-    shifted -= np.log(np.exp(shifted).sum())
-    return shifted
-
-
-def _log_probability(logits: np.ndarray, token: int) -> float:
-    return float(_log_softmax(logits)[token])

@@ -1,0 +1,62 @@
+"""Rows of logits as probabilities: their logarithms, and the Kullback-Leibler divergence of one row from another.
+
+Exponentials are taken in float32, where a vector unit does sixteen at a time, and added up in float64. What that costs,
+with u = 2**-24: an exponential is wrong by at most 5 u (numpy's bound, 2.52 ulp), and by |x| u for the rounding of its
+argument x = z - max z; weighted with the probabilities themselves the mean of |x| is at most the entropy, so that a
+logarithm of a sum is wrong by at most u (5 + ln n_vocab), 1.1e-6 nats for 262,144 tokens. A divergence has two of
+these, and u (7 + |x|) of every difference it adds up: below 3e-6 nats a row even if all roundings fell the same way,
+as long as the two rows differ by a nat or so. They do not; tests hold every row to 1e-6 and means to 1e-7.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """A row's normalization.
+
+    top:     the most probable token, the lowest id of equals
+    peak:    its logit
+    total:   sum over the vocabulary of exp(logit - peak)
+    weights: float32 (n_vocab,), exp(logit - peak); the caller's scratch
+    """
+
+    top: int
+    peak: float
+    total: float
+    weights: np.ndarray
+
+    @property
+    def log_sum(self) -> float:
+        """log of the sum of exp(logit): a logit minus this is a log probability."""
+        return self.peak + math.log(self.total)
+
+
+def softmax(logits: np.ndarray, out: np.ndarray) -> Softmax:
+    """logits: float32 (n_vocab,). out: float32 (n_vocab,), becomes ``weights``."""
+    top = int(logits.argmax())
+    peak = logits[top]
+    np.subtract(logits, peak, out=out)
+    np.exp(out, out=out)
+    return Softmax(top, float(peak), float(out.sum(dtype=np.float64)), out)
+
+
+def kl(p: Softmax, q: Softmax, of_p: np.ndarray, of_q: np.ndarray, scratch: np.ndarray) -> float:
+    """KL(p || q) in nats, of_p and of_q their logits. Overwrites ``scratch``, which may be q's weights but not p's."""
+    with np.errstate(invalid="ignore"):
+        np.subtract(of_p, of_q, out=scratch)
+        np.multiply(scratch, p.weights, out=scratch)
+    value = float(scratch.sum(dtype=np.float64)) / p.total - p.log_sum + q.log_sum
+    return value if math.isfinite(value) else _with_impossible_tokens(p, q, of_p, of_q)
+
+
+def _with_impossible_tokens(p: Softmax, q: Softmax, of_p: np.ndarray, of_q: np.ndarray) -> float:
+    """The same where logits are -inf: what p excludes counts nothing, what q alone excludes makes it infinite."""
+    possible = p.weights > 0
+    differences = of_p[possible].astype(np.float64) - of_q[possible]
+    return float(p.weights[possible] @ differences) / p.total - p.log_sum + q.log_sum
