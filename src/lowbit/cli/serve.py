@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+from typing import TYPE_CHECKING
 
 from lowbit.cli.training import positive
+
+if TYPE_CHECKING:
+    from lowbit.harness import Fallback
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--require", metavar="TOOL", action="append", default=[], help="must be called before an answer")
     group.add_argument("--dialect", metavar="NAME", help="how the model writes tool calls (default: all are tried)")
     group.add_argument("--without", metavar="LAYER", action="append", default=[], help="switch a layer off")
+    group = parser.add_argument_group("another model, asked when the tries are spent; off unless named")
+    group.add_argument("--fallback", metavar="URL", help="an OpenAI-compatible server, up to /v1; its key comes from "
+                       "LOWBIT_FALLBACK_KEY")  # fmt: skip
+    group.add_argument("--fallback-model", metavar="NAME", help="the model's name there")
+    group.add_argument("--fallback-price-in", type=float, metavar="USD", help="of a million prompt tokens")
+    group.add_argument("--fallback-price-out", type=float, metavar="USD", help="of a million completion tokens")
+    group.add_argument("--spend-cap", type=float, metavar="USD", help="what all fallbacks of the ledger may cost")
+    group.add_argument("--spend-ledger", metavar="FILE", default="lowbit-spend.sqlite", help="default: %(default)s")
+    group.add_argument("--fallback-log", metavar="FILE", help="a JSON line for each use, and why; no text")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,6 +65,27 @@ def run(args: argparse.Namespace) -> int:
         upstream_key=os.environ.get("LOWBIT_UPSTREAM_KEY"),
         model=args.upstream_model,
         harness=harness,
+        fallbacks=_fallbacks(args),
     )
     serve(args.upstream, options=options)
     return 0
+
+
+def _fallbacks(args: argparse.Namespace) -> tuple[Fallback, ...]:
+    from lowbit.errors import BadOption
+    from lowbit.harness import Fallback, HttpUpstream, Ledger, Price
+
+    prices = (args.fallback_price_in, args.fallback_price_out)
+    if args.fallback is None:
+        if args.spend_cap is not None or any(price is not None for price in prices):
+            raise BadOption("a price or a cap without a fallback", expected="--fallback URL")
+        return ()
+    if (prices[0] is None) != (prices[1] is None) or (args.spend_cap is not None and prices[0] is None):
+        raise BadOption(
+            "the price of the fallback is not whole",
+            expected="--fallback-price-in and --fallback-price-out, which a --spend-cap needs",
+        )
+    price = Price(prompt=prices[0], completion=prices[1]) if prices[0] is not None else None
+    ledger = Ledger(args.spend_ledger, args.spend_cap) if args.spend_cap is not None else None
+    upstream = HttpUpstream(args.fallback, key=os.environ.get("LOWBIT_FALLBACK_KEY"), model=args.fallback_model)
+    return (Fallback(upstream, price=price, ledger=ledger, log=args.fallback_log),)

@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lowbit.harness import feedback, guards, judge, request
 from lowbit.harness.answer import Answer
 from lowbit.harness.escape import Escaper
 from lowbit.harness.failures import BadRequest, HarnessError, InvalidOutput, Problem, UpstreamFailed
+from lowbit.harness.fallback import REASON
 from lowbit.harness.memory import Memory
 from lowbit.harness.options import HarnessOptions
 from lowbit.harness.request import Request
@@ -44,12 +46,16 @@ class Harness:
         self._fallbacks, self._escaper, self._on_answer = tuple(fallbacks), Escaper(special), on_answer
         self._memory = Memory()
 
-    async def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+    async def complete(
+        self, body: dict[str, Any], *, check: Callable[[Any], str | None] | None = None
+    ) -> dict[str, Any]:
         """A chat completion in OpenAI's form, with what was done under "lowbit".
+
+        check: says what is wrong with a value that follows the response_format's schema, None where nothing is
 
         Raises BadRequest, InvalidOutput where no try gave a valid answer, UpstreamFailed where there is no model.
         """
-        asked = request.read(body, self.options)
+        asked = replace(request.read(body, self.options), check=check)
         if asked.n == 1:
             return await self._one(asked)
         # One by one they are judged and mended; together they run in the server's slots.
@@ -104,6 +110,7 @@ class Harness:
             reason = found.detail if isinstance(found, Problem) else found.message
             trace.add("fallback", "fallback", f"{other.name}, because {reason}")
             trace.fallback = other.name
+            REASON.set(reason)
             found = await self._tries(other, asked, trace, time.monotonic() + asked.options.seconds)
         if isinstance(found, Answer):
             return found

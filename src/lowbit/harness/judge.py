@@ -92,6 +92,9 @@ def _content(answer: Answer, asked: Request, trace: Trace) -> Problem | None:
     value, problem = structured.read_value(
         answer.content, asked.schema, trace, repair=asked.options.on("repair") and answer.finish != "length"
     )
+    if problem is None and asked.check is not None and (wrong := asked.check(value)):
+        advice = "Answer with the JSON alone, and mend that."
+        problem = Problem(kind="schema", detail=f"the JSON is not valid: {wrong[:1000]}", advice=advice)
     if problem is None:
         # Repaired text becomes the JSON that it was taken for; what was JSON stays as the model wrote it.
         if trace.events and trace.events[-1]["layer"] == "repair":

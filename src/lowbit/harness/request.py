@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,14 +27,15 @@ class Tool:
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """body: what goes to the model's server, without "lowbit". tools: by name. forced: a tool that must be called, ""
-    for any of them, None where none must. schema: what the content must follow, or None. parallel: whether one answer
-    may hold several calls."""
+    for any of them, None where none must. schema: what the content must follow, or None. check: says what else is
+    wrong with a value that follows it, or None. parallel: whether one answer may hold several calls."""
 
     body: dict[str, Any]
     options: HarnessOptions
     tools: Mapping[str, Tool] = field(default_factory=dict)
     forced: str | None = None
     schema: Schema | None = None
+    check: Callable[[Any], str | None] | None = None
     parallel: bool = True
 
     @property

@@ -13,7 +13,7 @@ from typing import Any
 
 from lowbit import console, verbs
 from lowbit.errors import BadOption, CannotWrite
-from lowbit.harness import Harness, HarnessOptions, HttpUpstream
+from lowbit.harness import Fallback, Harness, HarnessOptions, HttpUpstream
 
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
@@ -25,6 +25,7 @@ class ServeOptions:
     upstream_key:  what is sent to the model's server
     model:         the model's name at the upstream, put into every request; None leaves what the caller wrote
     harness:       bounds and layers
+    fallbacks:     models to ask when the tries are spent, in order; none unless they are named here
     body_bytes, open_requests: of the endpoint (see app.Limits)
     """
 
@@ -34,6 +35,7 @@ class ServeOptions:
     upstream_key: str | None = None
     model: str | None = None
     harness: HarnessOptions = field(default_factory=HarnessOptions)
+    fallbacks: tuple[Fallback, ...] = ()
     body_bytes: int = 32 << 20
     open_requests: int = 512
 
@@ -62,7 +64,7 @@ async def running(upstream_url: str, options: ServeOptions) -> AsyncIterator[str
         )  # fmt: skip
     metrics = Metrics()
     upstream = HttpUpstream(upstream_url, key=options.upstream_key, model=options.model)
-    harness = Harness(upstream, options.harness, on_answer=metrics.answer)
+    harness = Harness(upstream, options.harness, fallbacks=options.fallbacks, on_answer=metrics.answer)
     limits = Limits(body_bytes=options.body_bytes, open_requests=options.open_requests)
     app = Service(harness, upstream, metrics, limits).app(hosts=_LOOPBACK if local else (), key=options.key)
     # handler_cancellation: who leaves before the answer frees the model's slot.
@@ -82,6 +84,8 @@ async def running(upstream_url: str, options: ServeOptions) -> AsyncIterator[str
         yield f"http://{shown}:{port}/v1"
     finally:
         await runner.cleanup()
+        for fallback in options.fallbacks:
+            await fallback.close()
 
 
 def serve(
