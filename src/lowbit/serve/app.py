@@ -13,6 +13,7 @@ from aiohttp import web
 from lowbit.harness import Harness, HarnessError, HttpUpstream, text
 from lowbit.serve import guard, sse
 from lowbit.serve.metrics import Metrics
+from lowbit.serve.responses import Responses
 
 log = logging.getLogger("lowbit.serve")
 
@@ -34,6 +35,7 @@ class Service:
         self, harness: Harness, upstream: HttpUpstream, metrics: Metrics, limits: Limits, *, page: bool = False
     ) -> None:
         self.harness, self.upstream, self.metrics, self.limits, self.page = harness, upstream, metrics, limits, page
+        self._responses = Responses(harness)
 
     def app(self, *, hosts: tuple[str, ...], key: str | None) -> web.Application:
         """hosts, key: see guard.middleware."""
@@ -43,6 +45,9 @@ class Service:
         )
         app.router.add_post("/v1/chat/completions", self.chat)
         app.router.add_post("/v1/completions", self.completions)
+        app.router.add_post("/v1/responses", self.create_response)
+        app.router.add_get("/v1/responses/{id}", self.get_response)
+        app.router.add_delete("/v1/responses/{id}", self.delete_response)
         app.router.add_get("/v1/models", self.models)
         app.router.add_get("/v1/models/{model:.+}", self.model)
         app.router.add_get("/health", self.health)
@@ -66,6 +71,19 @@ class Service:
         if body.pop("stream", None):
             return await sse.send(request, text.stream(self.harness, self.upstream, body))
         return guard.json_response(await text.complete(self.harness, self.upstream, body))
+
+    async def create_response(self, request: web.Request) -> web.StreamResponse:
+        body = await guard.body_of(request, self.limits.body_seconds)
+        guard.refuse_urls(body)
+        if body.get("stream"):
+            return await sse.send(request, self._responses.stream(body), named=True, done=False)
+        return guard.json_response(await self._responses.create(body))
+
+    async def get_response(self, request: web.Request) -> web.StreamResponse:
+        return guard.json_response(self._responses.get(request.match_info["id"]))
+
+    async def delete_response(self, request: web.Request) -> web.StreamResponse:
+        return guard.json_response(self._responses.forget(request.match_info["id"]))
 
     async def models(self, request: web.Request) -> web.StreamResponse:
         return guard.json_response(await self.upstream.get("/models"))
