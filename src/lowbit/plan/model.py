@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from lowbit import grid as grids
 from lowbit import recipe as recipes
@@ -22,6 +22,7 @@ from lowbit.checkpoint.resolve import resolve_config
 from lowbit.errors import BadConfig, NotFound, Unsupported
 
 _MOST_LAYERS = 10_000
+_FLOATS = {"bfloat16": "BF16", "float16": "F16"}
 T = TypeVar("T")
 
 
@@ -37,6 +38,15 @@ class PlannedTensor:
     @property
     def n_weights(self) -> int:
         return math.prod(self.shape)
+
+
+class _Source(NamedTuple):
+    """A tensor as a recipe looks at it. dtype: what the checkpoint stores, by its config."""
+
+    name: str
+    role: str
+    shape: tuple[int, ...]
+    dtype: str
 
 
 class PlanModel:
@@ -122,7 +132,10 @@ class PlanModel:
         if self.family is None:
             hint = "Plan for the file as it is, without a recipe"
             raise Unsupported("what a recipe makes of this architecture is not known", where=self.path, hint=hint)
-        packed = recipes.get(recipe).assign_specs(self.specs)
+        dtype = _FLOATS.get(str(self.config.get("dtype") or self.config.get("torch_dtype")), "F32")
+        packed = recipes.get(recipe).assign_specs(
+            _Source(spec.name, spec.role, spec.shape, dtype) for spec in self.specs
+        )
         found = [_packed(spec, packed[spec.name]) for spec in self.specs]
         found += [
             PlannedTensor(name=name, shape=values.shape, dtype="F32", n_bytes=values.nbytes)
@@ -176,7 +189,7 @@ def _family_of(
 ) -> tuple[Family | None, Mapping[str, Any]]:
     """The family and config of a GGUF; none of an architecture, or a setting of one, that lowbit does not know."""
     try:
-        family = families.by_arch(values.get("general.architecture"), path)
+        family = families.by_arch(values.get("general.architecture"), path, to_plan=True)
         return family, family.text_config(family.config_from_gguf(values, shapes, path), path)
     except Unsupported:
         return None, {}
@@ -186,7 +199,7 @@ def _of_config(path: Path, name: str, stored: tuple[PlannedTensor, ...] = ()) ->
     config = read_json(path, BadConfig)
     for key in schemes.KEYS:
         config.pop(key, None)
-    family = families.by_config(config, path)
+    family = families.by_config(config, path, to_plan=True)
     checked = family.text_config(config, path)
     return PlanModel(
         name=name, path=path, architecture=family.arch, family=family, config=checked, stored=stored

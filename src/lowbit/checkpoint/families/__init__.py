@@ -31,8 +31,9 @@ def names() -> tuple[str, ...]:
     return tuple(_families())
 
 
-def by_config(config: dict[str, Any], where: object) -> Family:
-    """The family of a Hugging Face config, by ``model_type`` and ``architectures``."""
+def by_config(config: dict[str, Any], where: object, *, to_plan: bool = False) -> Family:
+    """The family of a Hugging Face config, by ``model_type`` and ``architectures``. to_plan: also one that can be
+    planned for and nothing else."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise BadConfig("missing key model_type", where=where, hint="Is this a Hugging Face model's config.json?")
@@ -42,18 +43,27 @@ def by_config(config: dict[str, Any], where: object) -> Family:
         raise BadConfig(what, where=where, found=found, expected="a list of class names")
     for family in _families().values():
         if model_type in family.model_types and set(architectures) <= set(family.architectures):
-            return family
-    supported = [name for family in _families().values() for name in family.architectures]
+            return _usable(family, where, to_plan)
+    usable = [family for family in _families().values() if to_plan or family.packs]
+    supported = [name for family in usable for name in family.architectures]
     found = ", ".join(map(str, architectures)) or f"model_type {model_type}"
     raise _unsupported(where, found, supported)
 
 
-def by_arch(arch: object, where: object) -> Family:
+def by_arch(arch: object, where: object, *, to_plan: bool = False) -> Family:
     """The family of a GGUF's ``general.architecture``."""
     for family in _families().values():
         if family.arch == arch:
-            return family
-    raise _unsupported(where, str(arch)[:60], [family.arch for family in _families().values()])
+            return _usable(family, where, to_plan)
+    usable = [family for family in _families().values() if to_plan or family.packs]
+    raise _unsupported(where, str(arch)[:60], [family.arch for family in usable])
+
+
+def _usable(family: Family, where: object, to_plan: bool) -> Family:
+    if not family.packs and not to_plan:
+        hint = "lowbit plan says what it takes; llama.cpp's own converter packs it"
+        raise Unsupported("lowbit only plans for models of this family", where=where, found=family.name, hint=hint)
+    return family
 
 
 def _unsupported(where: object, found: str, supported: list[str]) -> Unsupported:

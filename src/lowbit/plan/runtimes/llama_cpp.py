@@ -27,7 +27,7 @@ DEFAULT_RECIPE = "q4_0"
 _AUTO_SLOTS = 4  # of llama-server, with a unified cache
 _FLOATS = ("f16", "f32", "bf16")
 _FORMULA, _DRY = "formula", "llama.cpp's own layout"
-_LAZY = ("per_layer_token_embd.weight",)
+_LAZY = (("gemma4", "per_layer_token_embd.weight"),)  # TENSOR_READ_LAZY in src/models
 _LAZY_BYTES = 4 * GIB  # LLAMA_LAZY_MODE_AUTO: larger ones of these are read row by row as they are asked for
 # src/llama-kv-cells.h: position, shift, 2D position, sequences; two tree nodes once the cell is used
 _CELL_BYTES = 52 + 2 * 48
@@ -68,7 +68,7 @@ class LlamaCpp(Runtime):
         tensors = _tensors(model, options)
         layout = _lay_out(model, options, tensors)
         return (
-            *_weight_rows(tensors, options, layout),
+            *_weight_rows(model, tensors, options, layout),
             *_kv_rows(model, options, room, layout),
             *_scratch_rows(model, options, room, layout),
             *_process_rows(model, room, layout),
@@ -146,8 +146,10 @@ def _context_params(model: PlanModel, options: PlanOptions) -> dict[str, Any]:
     }
 
 
-def _weight_rows(tensors: Sequence[PlannedTensor], options: PlanOptions, layout: _Layout | None) -> list[Row]:
-    lazy = [t for t in tensors if t.name in _LAZY and t.n_bytes > _LAZY_BYTES and options.mmap]
+def _weight_rows(
+    model: PlanModel, tensors: Sequence[PlannedTensor], options: PlanOptions, layout: _Layout | None
+) -> list[Row]:
+    lazy = [t for t in tensors if (model.architecture, t.name) in _LAZY and t.n_bytes > _LAZY_BYTES and options.mmap]
     size = sum(t.n_bytes for t in tensors) - sum(t.n_bytes for t in lazy)
     n = sum(t.n_weights for t in tensors)
     types = {t.dtype: 0 for t in tensors}
