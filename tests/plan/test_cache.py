@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from conftest import GEMMA4_LAYOUTS, TINY_GEMMA3, TINY_GEMMA4, TINY_LLAMA, TINY_QWEN3
-from lowbit.checkpoint import families
+from lowbit.checkpoint import families, open_checkpoint
 from lowbit.checkpoint.families.base import TARGET, LayerCache
+from lowbit.errors import Unsupported
 
 EPS = {"rms_norm_eps": 1e-6}
 
 
 def cache_of(model_type: str, config: dict[str, Any]) -> tuple[LayerCache, ...]:
-    family = families.by_config({"model_type": model_type}, "test")
+    family = families.by_config({"model_type": model_type}, "test", to_plan=True)
     return family.cache(family.text_config({**config, "model_type": model_type}, "test"))
 
 
@@ -46,3 +50,25 @@ def test_a_drafter_caches_nothing_of_its_own() -> None:
     text = TINY_GEMMA4 | EPS | {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2}
     layers = cache_of("gemma4_assistant", {"text_config": text, "backbone_hidden_size": 128})
     assert [layer.owner for layer in layers] == [TARGET, TARGET]
+
+
+def test_gemma_3n_shares_all_but_twenty_layers() -> None:
+    layers = cache_of("gemma3n_text", {})
+    assert [layer.owner for layer in layers] == [None] * 20 + [18, 18, 18, 18, 19] * 3
+    assert layers[4] == LayerCache(kv_heads=2, k_dim=256, v_dim=256)
+    assert layers[0].window == 512
+
+
+# Parameters of the text models: E2B and E4B, as their model cards and exports count them.
+@pytest.mark.parametrize(("layers", "wide", "published"), [(30, 8192, 4.46e9), (35, 16384, 6.87e9)], ids=["E2B", "E4B"])
+def test_gemma_3n_has_as_many_weights_as_published(layers: int, wide: int, published: float) -> None:
+    family = families.by_config({"model_type": "gemma3n_text"}, "test", to_plan=True)
+    config = {"num_hidden_layers": layers, "num_kv_shared_layers": layers - 20, "intermediate_size": wide}
+    specs = family.tensors(family.text_config(config, "test"))
+    assert sum(math.prod(spec.shape) for spec in specs) == pytest.approx(published, rel=0.002)
+
+
+def test_a_family_that_is_only_planned_for_is_refused_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3n_text"}))
+    with pytest.raises(Unsupported, match=r"only plans for models of this family; found gemma3n"):
+        open_checkpoint(tmp_path)

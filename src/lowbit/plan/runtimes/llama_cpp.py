@@ -121,7 +121,7 @@ def _lay_out(model: PlanModel, options: PlanOptions, tensors: Sequence[PlannedTe
         else:
             path = model.keep(("header", options.recipe), lambda: header_only(model, tensors))
         laid_out = model.keep(("laid out", path), lambda: contextlib.nullcontext(dry.model(path, model.path)))
-        context = dry.contexts([(laid_out, _context_params(model, options))])[0]
+        context = dry.contexts([(laid_out, context_params(model, options))])[0]
     except Unsupported as error:
         if "unknown model architecture" in str(error) or "memory breakdown" in str(error):
             return None
@@ -129,7 +129,7 @@ def _lay_out(model: PlanModel, options: PlanOptions, tensors: Sequence[PlannedTe
     return _Layout(model=laid_out, context=context, process_bytes=dry.process_bytes)
 
 
-def _context_params(model: PlanModel, options: PlanOptions) -> dict[str, Any]:
+def context_params(model: PlanModel, options: PlanOptions) -> dict[str, Any]:
     """Fields of llama_context_params, as llama-server sets them."""
     room = _room(model, options)
     return {
