@@ -12,7 +12,6 @@ in each context. Ends with 1 where a byte differs.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -60,7 +59,7 @@ def compare(name: str, folder: Path, each: int, seed: int) -> list[tuple[int, in
             assert all(row.found == "formula" for row in plan.rows if row.part == "kv"), settings
             buffer = next(row.bytes for row in plan.rows if row.what == "compute buffer")
             found.append((plan.bytes_of("kv"), kv, buffer, compute))
-    os.remove(path)
+    path.unlink()
     return found
 
 
@@ -71,9 +70,13 @@ def drafters(folder: Path) -> int:
         target = write_random(LAYOUTS[name], folder / "target")
         draft = write_random(drafter(LAYOUTS[name]), folder / "draft")
         settings = {"n_ctx": 2048, "n_seq_max": 2, "swa_full": False}
-        with Loaded(target) as first, Loaded(draft) as second, first.context(settings) as of:
-            with second.context(settings, of) as context:
-                n += second.allocated(context)[0] == 0
+        with (
+            Loaded(target) as first,
+            Loaded(draft) as second,
+            first.context(settings) as of,
+            second.context(settings, of) as context,
+        ):
+            n += second.allocated(context)[0] == 0
     return n
 
 

@@ -38,6 +38,10 @@ def test_a_drafter_of_gemma_4_allocates_no_cache(tmp_path: Path) -> None:
     target = write_random(LAYOUTS["Gemma 4 E2B"], tmp_path / "target")
     draft = write_random(drafter(LAYOUTS["Gemma 4 E2B"]), tmp_path / "draft")
     settings = {"n_ctx": 1024, "n_seq_max": 2, "swa_full": False}
-    with Loaded(target) as first, Loaded(draft) as second, first.context(settings) as of:
-        with second.context(settings, of) as context:
-            assert second.allocated(context)[0] == 0
+    with (
+        Loaded(target) as first,
+        Loaded(draft) as second,
+        first.context(settings) as of,
+        second.context(settings, of) as context,
+    ):
+        assert second.allocated(context)[0] == 0
