@@ -26,6 +26,8 @@ ORDER = (
     ("calibrate", "pack"),
     ("plan",),
     ("measure",),
+    ("release",),
+    ("check",),
     ("imatrix",),
     ("inspect",),
     ("serve",),

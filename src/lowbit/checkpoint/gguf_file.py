@@ -7,6 +7,7 @@ what is read can be written again unchanged.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import struct
 from collections.abc import Iterable, Sequence
@@ -77,6 +78,12 @@ class GgufFile(TensorFile):
                 "general.alignment is not a power of two", where=self.path, found=str(alignment)[:40], hint=_REDOWNLOAD
             )
         return alignment
+
+
+def read_fields(path: Path) -> list[Field]:
+    """A GGUF's key-values alone, also where its tensors are not all there. Raises BadFile, Unsupported, OSError."""
+    with contextlib.closing(TensorFile(path)) as file:
+        return _Parser(path, file._map).fields()
 
 
 class _Parser:

@@ -28,6 +28,7 @@ VERBS = {
     "inspect": "what is this file: architecture, tensors, types, bits per weight",
     "plan": "will it fit: weights, KV cache and scratch, before anything is loaded",
     "measure": "fidelity, speed and memory of packed files in llama.cpp, with intervals",
+    "check": "does a release belong together: base, artifacts, tokenizer, template, drafter, projector",
     "serve": "an OpenAI-compatible endpoint that makes a small model reliable",
     "report": "make a run folder's report again and print it",
     "chat": "talk to a packed file in the terminal",

@@ -86,7 +86,7 @@ def verify(artifact: str | Path, source: Checkpoint | str | Path, *, threads: in
     if not path.exists():
         raise NotFound("no such file", where=path, expected="a GGUF, or a folder")
     _open(path, source).close()  # a damaged file is to be called that, and not another than its certificate's
-    stated = _stated(path)
+    stated = stated_of(path)
     proved = prove(path, source, threads=threads)
     if stated and stated.get("source_sha256") == proved.source_sha256:
         _check_stated(stated, proved, path_beside(path))
@@ -171,8 +171,8 @@ def _joined(paths: list[Path], hashes: list[str]) -> str:
     return hashlib.sha256(listing.encode()).hexdigest()
 
 
-def _stated(artifact: Path) -> dict[str, Any] | None:
-    """The certificate beside the artifact, if there is one. Raises BadFile where it is of another file."""
+def stated_of(artifact: Path) -> dict[str, Any] | None:
+    """The certificate beside the artifact, if there is one, as JSON. Raises BadFile where it is of another file."""
     path = path_beside(artifact)
     if not path.exists():
         return None

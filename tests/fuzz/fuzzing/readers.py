@@ -344,7 +344,7 @@ def stated_certificate(place: Place, choices: Choices) -> None:
     name = "llama.gguf.certificate.json"
     place.put(name, mutate_json(place.good[name], choices))
     if choices.below(8):
-        certificate._stated(place.path("llama.gguf"))
+        certificate.stated_of(place.path("llama.gguf"))
     else:
         tables.show_certificate(
             certificate.verify(place.path("llama.gguf"), place.path("llama")).to_json(), io.StringIO()
