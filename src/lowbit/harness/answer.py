@@ -11,6 +11,11 @@ from typing import Any
 from lowbit.harness.failures import UpstreamFailed
 
 
+def new_id() -> str:
+    """An id of a tool call."""
+    return f"call_{secrets.token_hex(12)}"
+
+
 @dataclass
 class Call:
     """A tool call. arguments: JSON text, as OpenAI's form has it; may be broken until it was healed."""
@@ -20,7 +25,7 @@ class Call:
     id: str = ""
 
     def __post_init__(self) -> None:
-        self.id = self.id or f"call_{secrets.token_hex(12)}"
+        self.id = self.id or new_id()
 
     def as_json(self) -> dict[str, Any]:
         return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}

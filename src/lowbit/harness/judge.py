@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from lowbit.harness import dialects, guards, healing, structured
-from lowbit.harness.answer import Answer, Call, arguments_text
+from lowbit.harness.answer import Answer, Call, arguments_text, new_id
 from lowbit.harness.failures import Problem
 from lowbit.harness.request import Request
 from lowbit.harness.trace import Trace
@@ -73,6 +73,12 @@ def _calls(answer: Answer, asked: Request, trace: Trace) -> Problem | None:
         found = healing.heal(call, asked.tools, trace, mend=on("heal"), cut=answer.finish == "length")
         if found is not None:
             return found
+    seen: set[str] = set()
+    for call in answer.calls:
+        if call.id in seen:
+            trace.add("heal", "id_replaced", call.name)
+            call.id = new_id()
+        seen.add(call.id)
     if asked.forced and any(call.name != asked.forced for call in answer.calls):
         advice = f"Call {asked.forced} and nothing else."
         return Problem(kind="no_tool_call", detail=f"{asked.forced} was required, another was called", advice=advice)

@@ -28,6 +28,7 @@ class Stream:
         self._asked = harness.prepare(asked, self._trace)
         self._id, self._model, self._created = "", str(asked.body.get("model") or ""), int(time.time())
         self._given = False  # whether any text went out
+        self._space = ""  # with which the text begins: given with the first word, if there is one
         self._deadline = time.monotonic() + asked.options.seconds
 
     async def run(self) -> AsyncIterator[dict[str, Any]]:
@@ -62,7 +63,7 @@ class Stream:
                 yield chunk
         except UpstreamFailed as error:
             self._trace.add("upstream", error.code, error.message)
-            if self._given or not asked.options.on("retry") or not error.again:
+            if self._given or not asked.options.on("retry") or not error.again or self._left() < 0.01:
                 raise
             problem = Problem(kind="upstream", detail=error.message)
         answer = gathered.answer()
@@ -72,7 +73,8 @@ class Stream:
         # Text that went out cannot be taken back: a cut or repeating one ends as what it is.
         if problem is None or (self._given and not answer.calls and problem.kind in ("repetition", "truncated")):
             rescued = in_text and bool(answer.calls)
-            for chunk in self._rest(answer, "" if rescued else splitter.rest(), problem):
+            space = "" if self._given else self._space
+            for chunk in self._rest(answer, "" if rescued else space + splitter.rest(), problem):
                 yield chunk
             return
         self._trace.add("retry", problem.kind, problem.detail)
@@ -96,7 +98,9 @@ class Stream:
                 yield self._chunk({"reasoning_content": thought})
             thoughts = len(gathered.reasoning)
             if text := splitter.feed(piece):
-                yield self._text(text)
+                self._space += text if not self._given else ""
+                if self._given or self._space.strip():
+                    yield self._text(text if self._given else self._space)
             length += len(piece)
             if length - looked >= _LOOK_EVERY and self._asked.options.on("guard"):
                 looked = length
