@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runtime",
         metavar="NAME",
-        help="run the artifacts in llama.cpp, mlx or transformers (default: what each is for)",
+        help="run the artifacts in llama.cpp, llama-server, mlx, transformers or openai (default: what each is for)",
     )
     parser.add_argument(
         "--reference-runtime",

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -85,7 +86,9 @@ def discover(package: ModuleType) -> dict[str, type[Runtime]]:
 
 
 def options_of(runtime: type[Runtime]) -> tuple[str, ...]:
-    """Names of the keyword options that its constructor takes."""
+    """Names of the keyword options that its constructor takes, or of the dataclass that they make."""
+    if runtime.options_class is not None:
+        return tuple(field.name for field in dataclasses.fields(runtime.options_class))
     parameters = inspect.signature(runtime).parameters.values()
     return tuple(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
 

@@ -38,6 +38,7 @@ class Runtime(abc.ABC):
     name:           as people and ``--runtime`` spell it
     gives_logits:   whether logits(), feed() and so KLD are to be had
     uses_threads:   whether ``threads`` may be more than one
+    options_class:  the dataclass of its keyword options, where the constructor does not name them itself
     to_generate:    options for whoever generates only, which save it memory and time
     path:           the artifact: a Path, of an endpoint its URL
     context:        tokens that a sequence may have
@@ -47,6 +48,7 @@ class Runtime(abc.ABC):
     name: ClassVar[str]
     gives_logits: ClassVar[bool] = True
     uses_threads: ClassVar[bool] = True
+    options_class: ClassVar[Any] = None
     to_generate: ClassVar[Mapping[str, Any]] = {}
     path: Path | str
     context: int
