@@ -1,17 +1,22 @@
-"""Fidelity, speed and memory of packed artifacts, each in its runtime, against a reference on a held-out text."""
+"""Fidelity, speed, memory and tasks of packed artifacts, each in its runtime, against a reference: on a held-out text
+(--text), on sets of questions (--tasks), or both."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from lowbit.cli import output
-from lowbit.cli.training import positive
+from lowbit.cli.training import positive, whole
+
+if TYPE_CHECKING:
+    from lowbit.measure.tasks import TaskOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifacts", metavar="ARTIFACT", nargs="+", help="GGUF files, MLX or Hugging Face folders")
-    parser.add_argument("--against", metavar="REFERENCE", required=True, help="a GGUF of high precision or a MODEL")
+    parser.add_argument("--against", metavar="REFERENCE", help="a GGUF of high precision or a MODEL")
     parser.add_argument(
         "--runtime",
         metavar="NAME",
@@ -22,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="run the reference there (default: what a file is for; a MODEL in the first artifact's)",
     )
-    parser.add_argument("--text", metavar="FILE", required=True, help="held-out text, UTF-8")
+    parser.add_argument("--text", metavar="FILE", help="held-out text, UTF-8")
     parser.add_argument("--chunk", type=positive, default=512, metavar="N", help="tokens a chunk (default: 512)")
     parser.add_argument("--chunks", type=positive, metavar="N", help="how many chunks (default: the whole text)")
     parser.add_argument(
@@ -33,7 +38,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all it may use)")
     parser.add_argument("--no-speed", action="store_true", help="leave out speed and memory")
+    _add_task_arguments(parser)
     output.add_json(parser)
+
+
+def _add_task_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("tasks")
+    group.add_argument(
+        "--tasks",
+        metavar="TASK,...",
+        help="sets of questions: facts, json-schema, tool-calls (see docs/tasks.md), names of lm-eval's tasks, files "
+        "(.jsonl, or lm-eval's .yaml)",
+    )
+    group.add_argument("--limit", type=positive, metavar="N", help="questions of each set (default: all)")
+    group.add_argument(
+        "--shots", "--num-fewshot", type=whole, metavar="N", help="worked examples before each question"
+    )
+    group.add_argument("--max-tokens", type=positive, metavar="N", help="of a generated answer (default: the set's)")
+    group.add_argument(
+        "--apply-chat-template", action="store_true", help="put the questions through the model's chat template"
+    )
+    group.add_argument(
+        "--confirm-run-unsafe-code",
+        action="store_true",
+        help="lm-eval's task files may run the Python that they name (!function)",
+    )
+
+
+def _task_options(args: argparse.Namespace) -> TaskOptions | None:
+    from lowbit.measure.tasks import TaskOptions
+
+    if args.tasks is None:
+        return None
+    return TaskOptions(
+        tasks=[name.strip() for name in args.tasks.split(",")],
+        limit=args.limit,
+        shots=args.shots,
+        max_tokens=args.max_tokens,
+        chat=args.apply_chat_template,
+        allow_code=args.confirm_run_unsafe_code,
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,7 +95,9 @@ def run(args: argparse.Namespace) -> int:
         memory=costs,
     )
     with output.results_only():
-        measured = measure(args.artifacts, against=args.against, text=args.text, options=options)
+        measured = measure(
+            args.artifacts, against=args.against, text=args.text, tasks=_task_options(args), options=options
+        )
     if args.json:
         output.write_result(measured, args.json)
     if args.json != "-":

@@ -21,6 +21,9 @@ from lowbit.measure import fidelity, opening
 from lowbit.measure.bootstrap import Bootstrap
 from lowbit.measure.record import Figure, machine
 from lowbit.measure.speed import probe
+from lowbit.measure.tasks import TaskOptions, open_tasks
+from lowbit.measure.tasks import model_of as task_model
+from lowbit.measure.tasks import run as run_tasks
 from lowbit.measure.text import chunks_of, read_text
 from lowbit.threads import thread_count
 
@@ -67,24 +70,27 @@ class MeasureOptions:
 def measure(
     artifacts: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
-    against: str | os.PathLike[str],
-    text: str | os.PathLike[str],
+    against: str | os.PathLike[str] | None = None,
+    text: str | os.PathLike[str] | None = None,
+    tasks: TaskOptions | None = None,
     json: str | os.PathLike[str] | None = None,
     options: MeasureOptions | None = None,
 ) -> dict[str, Any]:
-    """Fidelity, size, memory and speed of artifacts against a reference, each run in its runtime.
+    """Fidelity, size, memory, speed and tasks of artifacts against a reference, each run in its runtime.
 
     artifacts: one path or several: GGUF files, MLX, compressed-tensors and Hugging Face folders
     against:   the reference: a GGUF file, which is run as it is (F32, F16 or BF16 for the truth about the weights), or
                a checkpoint (Hugging Face folder or name), which is computed in float32 (see opening.reference)
-    text:      held-out UTF-8 text of at least one chunk of tokens
+    text:      held-out UTF-8 text of at least one chunk of tokens; wants a reference. None leaves fidelity out, and
+               with it memory and speed, which are measured on the text
+    tasks:     sets of questions to put to all of them, the reference included where there is one
     json:      where to write the result as well
 
     Returns {"format", "artifacts": [{"path", "runtime": {"name", "version"}, "sha256", "size_bytes",
     "bits_per_weight", "fidelity", "memory", "speed"}], "reference": {...}, "pairs": [...], "text", "machine",
-    "options"}. Each figure is {"value", "low", "high", "unit", "n"}, low to high the 95% interval; "fidelity" has
-    fidelity.figures(), "pairs" has fidelity.paired() for every two artifacts, the earlier as "baseline". The same
-    inputs give the same figures, but for speed and memory.
+    "options", "tasks"}. Each figure is {"value", "low", "high", "unit", "n"}, low to high the 95% interval; "fidelity" has
+    fidelity.figures(), "pairs" has fidelity.paired() for every two artifacts, the earlier as "baseline"; "tasks" is
+    what measure.tasks.run() returns. The same inputs give the same figures, but for speed and memory.
 
     A difference below about 0.005 nats of mean KLD may be the runtime's own: llama.cpp rounds activations to 8 bits
     against quantized weights, and a change of kernel alone moves SmolLM2-135M by that much.
@@ -96,12 +102,49 @@ def measure(
     listed = [artifacts] if isinstance(artifacts, str | os.PathLike) else list(artifacts)
     if not listed:
         raise BadOption("no artifact was given", expected="at least one file or folder")
+    if text is None and tasks is None:
+        raise BadOption("nothing to measure", expected="a text (--text), tasks (--tasks), or both")
+    if text is not None and against is None:
+        raise BadOption("a text needs a reference", expected="--against")
+    questions = open_tasks(tasks) if tasks is not None else []
     opened = [opening.artifact(target, options) for target in listed]
-    with opening.reference(against, opened[0], options) as reference:
-        result = _measure(opened, reference, str(against), Path(text), options)
+    with contextlib.ExitStack() as stack:
+        reference = None
+        if against is not None:
+            reference = stack.enter_context(opening.reference(against, opened[0], options))
+        if text is not None and reference is not None:
+            result = _measure(opened, reference, str(against), Path(text), options)
+        else:
+            result = _described(opened, reference, str(against), options)
+        if tasks is not None:
+            models = [*([(reference, result["reference"])] if reference else []), *zip(opened, result["artifacts"], strict=True)]
+            result["tasks"] = run_tasks(questions, [task_model(a, entry, tasks) for a, entry in models], tasks)
     if json is not None:
         files.write_json(json, result)
     return result
+
+
+def _described(
+    artifacts: list[opening.Artifact],
+    reference: opening.Artifact | None,
+    reference_name: str,
+    options: MeasureOptions,
+) -> dict[str, Any]:
+    """The result without what a text gives: which files, where."""
+    entries = []
+    for artifact in [*([reference] if reference else []), *artifacts]:
+        with artifact.open() as model:
+            entries.append(opening.described(model))
+    if reference:
+        entries[0]["path"] = reference_name
+    return {
+        "format": "lowbit-measure/1",
+        "artifacts": entries[1:] if reference else entries,
+        "reference": entries[0] if reference else None,
+        "pairs": [],
+        "machine": machine(),
+        "options": asdict(options),
+    }
 
 
 def _measure(

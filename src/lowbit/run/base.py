@@ -40,6 +40,7 @@ class Runtime(abc.ABC):
     uses_threads:   whether ``threads`` may be more than one
     options_class:  the dataclass of its keyword options, where the constructor does not name them itself
     to_generate:    options for whoever generates only, which save it memory and time
+    rewinds:        whether rewind() and rows() are, to score several continuations of one context
     path:           the artifact: a Path, of an endpoint its URL
     context:        tokens that a sequence may have
     n_vocab:        entries of a row of logits
@@ -50,6 +51,7 @@ class Runtime(abc.ABC):
     uses_threads: ClassVar[bool] = True
     options_class: ClassVar[Any] = None
     to_generate: ClassVar[Mapping[str, Any]] = {}
+    rewinds: ClassVar[bool] = False
     path: Path | str
     context: int
     n_vocab: int
@@ -172,6 +174,16 @@ class Runtime(abc.ABC):
         """Appends tokens, int32 (n,), to the sequence; logits after the last, float32 (n_vocab,), valid until the next
         call. Does not check that they fit."""
         self._cannot("does not give the logits of the whole vocabulary")
+
+    def rewind(self, n: int) -> bool:
+        """Cuts the sequence back to its first ``n`` tokens. False where they are not all there any more: the sequence
+        is then to be begun anew."""
+        self._cannot("does not go back in a sequence")
+
+    def rows(self, ids: np.ndarray) -> Iterator[np.ndarray]:
+        """Appends tokens, int32 (n,), to the sequence; logits after each of them, float32 (n_vocab,), valid until the
+        next. To be exhausted. Does not check that they fit."""
+        self._cannot("does not go back in a sequence")
 
     def generate(
         self,

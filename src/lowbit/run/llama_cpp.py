@@ -23,6 +23,7 @@ from lowbit.checkpoint.gguf_file import GgufFile
 from lowbit.errors import BadFile, BadOption, BadText, NotFound, RuntimeFailed
 from lowbit.run import _kv_types, _llama_h, _looks, _tokens, _trial
 from lowbit.run._kv_types import KV_TYPES, UNQUANTIZED
+from lowbit.run._grammar import Grammar, Vocabulary
 from lowbit.run._products import Observer, Watch
 from lowbit.run.base import Runtime, Suits, check_sizes
 from lowbit.threads import available_cores
@@ -55,6 +56,7 @@ class LlamaCpp(Runtime):
 
     name: ClassVar[str] = "llama.cpp"
     to_generate: ClassVar[Mapping[str, Any]] = {"logits_all": False, "trusted": True}
+    rewinds: ClassVar[bool] = True
     path: Path
 
     @classmethod
@@ -112,6 +114,7 @@ class LlamaCpp(Runtime):
         self._free_context = weakref.finalize(self, self._lib.llama_free, self._context)
         self._batch = _llama_h.BatchBuffers(self.ubatch)
         self._past = 0  # tokens in the KV cache
+        self._vocabulary: Vocabulary | None = None  # made when a grammar wants it
         self._parent: LlamaCpp | None = None
         self._besides: weakref.WeakSet[LlamaCpp] = weakref.WeakSet()
 
@@ -309,6 +312,32 @@ class LlamaCpp(Runtime):
         for begin in range(0, len(ids), self.ubatch):
             row = self._decode(ids[begin : begin + self.ubatch])[-1]
         return row
+
+    def rewind(self, n: int) -> bool:
+        memory = self._lib.llama_get_memory(self._open_context())
+        if not 0 < n <= self._past:
+            return False
+        # A sliding-window layer keeps little more than its window: what n would attend to may be overwritten.
+        window = int(self._lib.llama_model_n_swa(self._model))
+        if window and self._lib.llama_memory_seq_pos_min(memory, 0) > max(0, n - window):
+            return False
+        if n < self._past and not self._lib.llama_memory_seq_rm(memory, 0, n, -1):
+            return False
+        self._past = n
+        return True
+
+    def rows(self, ids: np.ndarray) -> Iterator[np.ndarray]:
+        step = min(self.ubatch, self._rows)
+        for begin in range(0, len(ids), step):
+            part = ids[begin : begin + step]
+            yield from self._decode(part, outputs=len(part))
+
+    def grammar(self, schema: Mapping[str, Any]) -> Grammar:
+        """What keeps generation within a JSON Schema, as llama.cpp's server does it (see _grammar.py)."""
+        if self._vocabulary is None:
+            pieces = [self.piece(token, special=True) for token in range(self.n_vocab)]
+            self._vocabulary = Vocabulary(self._llama, self._vocab, pieces, [t for t in range(self.n_vocab) if self.ends(t)])
+        return Grammar(self._vocabulary, schema, self.path)
 
     @property
     def chat_template(self) -> str | None:

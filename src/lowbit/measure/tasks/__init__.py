@@ -1,0 +1,171 @@
+"""Tasks on packed artifacts, in the runtime that will run them, each model on the same items: what quantization did to
+answers, item by item.
+
+A kind of task is a file here, found by name (base.py has the contract).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import json
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lowbit import console
+from lowbit.errors import NotFound
+from lowbit.measure import opening
+from lowbit.measure.record import Figure
+from lowbit.measure.tasks import _compare, _source
+from lowbit.measure.tasks._engine import Engine, InProcess
+from lowbit.measure.tasks._journal import Journal
+from lowbit.measure.tasks.base import Item, Metric, Outcome, Task, TaskOptions
+
+__all__ = ["Item", "Metric", "Model", "Outcome", "Task", "TaskOptions", "kinds", "model_of", "open_tasks", "run", "sets"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A model that tasks are put to. path: as it is named in the result. key: what its answers depend on (hash of the
+    artifact, runtime, its version and options). open: gives an engine."""
+
+    path: str
+    key: str
+    open: Callable[[], AbstractContextManager[Engine]]
+
+
+def model_of(artifact: opening.Artifact, described: Mapping[str, Any], options: TaskOptions) -> Model:
+    """An artifact that is opened for tasks; ``described`` is what the result says of it."""
+    context = {"context": options.context} if "context" in artifact.options else {}
+    ubatch = {"ubatch": 512} if "ubatch" in artifact.options else {}
+    opened = replace(artifact, options={**artifact.options, **context, **ubatch})
+
+    @contextlib.contextmanager
+    def open_it() -> Iterator[Engine]:
+        with opened.open() as model:
+            yield InProcess(model)
+
+    identity = [described["sha256"], described["runtime"], opened.options, str(artifact.target)]
+    key = json.dumps(identity, sort_keys=True, default=str)
+    return Model(path=described["path"], key=key, open=open_it)
+
+
+@functools.cache
+def kinds() -> dict[str, type[Task]]:
+    """Every kind of task, by its own name. Raises TypeError with a sentence for a file that misses the contract."""
+    found = {}
+    for module_info in pkgutil.iter_modules(__path__):
+        name = module_info.name
+        if name.startswith("_") or name == "base":
+            continue
+        found[name] = checked(name, getattr(importlib.import_module(f"{__name__}.{name}"), "TASK", None))
+    return found
+
+
+def checked(name: str, task: Any) -> type[Task]:
+    """A file's TASK. Raises TypeError where it is not a whole kind."""
+    if not (isinstance(task, type) and issubclass(task, Task)):
+        raise TypeError(f"measure/tasks/{name}.py has no TASK that is a subclass of Task")
+    missing = sorted(getattr(task, "__abstractmethods__", ()))
+    missing += [key for key in ("kind", "metrics", "main") if not hasattr(task, key)]
+    if missing:
+        raise TypeError(f"measure/tasks/{name}.py: TASK has no {', '.join(missing)}")
+    if task.kind != name:
+        raise TypeError(f"measure/tasks/{name}.py: TASK.kind is {task.kind!r}, not the file's name")
+    return task
+
+
+def sets() -> dict[str, str]:
+    """The sets that come with lowbit: name -> one line."""
+    return {name: line for kind in kinds().values() for name, line in kind.sets.items()}
+
+
+def open_tasks(options: TaskOptions) -> list[Task]:
+    """Reads every set that the options name. Raises NotFound for what no kind knows, BadText, BadOption."""
+    return [_open(source, options) for source in dict.fromkeys(options.tasks)]
+
+
+def _open(source: str, options: TaskOptions) -> Task:
+    for kind in kinds().values():
+        if source in kind.sets:
+            return kind.open(source, options)
+    path = Path(source)
+    head = _source.head(path) if path.suffix in (".jsonl", ".json") else None
+    for kind in kinds().values():
+        if kind.suits(source, head):
+            return kind.open(source, options)
+    if head is not None:
+        raise _source.Line(where=f"{path}: line 1", fields=head).wrong(
+            "no kind of task has such questions", sorted(head), "the keys of one of them"
+        )
+    raise NotFound("no such task", where=source, expected=f"a file (.jsonl, .yaml) or one of {', '.join(sets())}")
+
+
+def run(tasks: Sequence[Task], models: Sequence[Model], options: TaskOptions) -> list[dict[str, Any]]:
+    """Puts every set to every model, one model in memory at a time, and compares them.
+
+    Returns an entry a set: {"name", "kind", "source", "items", "total", "shots", "settings", "metrics", "main",
+    "results": [{"path", "way", "scores", "groups", "outcomes"}], "pairs": [...]}; a pair has "baseline", "artifact",
+    "metrics" (name -> Comparison.as_json()), "won", "lost", "changed" and "flips".
+    A run that was killed goes on from its journal. Raises what the engines raise.
+    """
+    found: list[list[tuple[Outcomes, str]]] = [[] for _ in tasks]
+    journals = []
+    with console.progress("Tasks", total=sum(len(t.items) for t in tasks) * len(models), unit="items") as bar:
+        done = 0
+        for model in models:
+            with contextlib.ExitStack() as stack:
+                engine = stack.enter_context(model.open())
+                for task, results in zip(tasks, found, strict=True):
+                    journal = stack.enter_context(Journal(task.key, model.key, task.way(engine)))
+                    journals.append(journal)
+                    bar.update(done, f"{task.name}: {Path(model.path).name}")
+                    for _ in _answered(task, engine, journal):
+                        bar.update(done + len(journal.done))
+                    done += len(task.items)
+                    results.append((dict(journal.done), task.way(engine)))
+    entries = [_entry(task, models, results, options) for task, results in zip(tasks, found, strict=True)]
+    for journal in journals:
+        journal.remove()
+    return entries
+
+
+Outcomes = Mapping[str, Outcome]
+
+
+def _answered(task: Task, engine: Engine, journal: Journal) -> Iterator[None]:
+    if len(journal.done.keys() & {item.id for item in task.items}) < len(task.items):
+        for item, outcome in task.outcomes(engine, journal.done):
+            journal.add(item, outcome)
+            yield
+
+
+def _entry(
+    task: Task, models: Sequence[Model], results: Sequence[tuple[Outcomes, str]], options: TaskOptions
+) -> dict[str, Any]:
+    runs = [(model.path, outcomes) for model, (outcomes, _) in zip(models, results, strict=True)]
+    return {
+        "name": task.name, "kind": task.kind, "source": task.source, "items": len(task.items), "total": task.total,
+        "shots": task.shots, "settings": task.settings, "main": task.main,
+        "metrics": {key: {"label": m.label, "note": m.note} for key, m in task.shown().items()},
+        "results": [
+            {
+                "path": model.path,
+                "way": way,
+                "scores": _json(_compare.figures(task, outcomes, task.items)),
+                "groups": {name: _json(f) for name, f in _compare.groups(task, outcomes).items()},
+                "outcomes": [{"id": item.id, "group": item.group, **outcomes[item.id]} for item in task.items],
+            }
+            for model, (outcomes, way) in zip(models, results, strict=True)
+        ],
+        "pairs": _compare.pairs(task, runs, flips=options.flips),
+    }  # fmt: skip
+
+
+def _json(figures: Mapping[str, Figure]) -> dict[str, Any]:
+    return {name: figure.as_json() for name, figure in figures.items()}
