@@ -51,9 +51,7 @@ def _add_task_arguments(parser: argparse.ArgumentParser) -> None:
         "(.jsonl, or lm-eval's .yaml)",
     )
     group.add_argument("--limit", type=positive, metavar="N", help="questions of each set (default: all)")
-    group.add_argument(
-        "--shots", "--num-fewshot", type=whole, metavar="N", help="worked examples before each question"
-    )
+    group.add_argument("--shots", "--num-fewshot", type=whole, metavar="N", help="worked examples before each question")
     group.add_argument("--max-tokens", type=positive, metavar="N", help="of a generated answer (default: the set's)")
     group.add_argument(
         "--apply-chat-template", action="store_true", help="put the questions through the model's chat template"

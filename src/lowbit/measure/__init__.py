@@ -88,8 +88,8 @@ def measure(
 
     Returns {"format", "artifacts": [{"path", "runtime": {"name", "version"}, "sha256", "size_bytes",
     "bits_per_weight", "fidelity", "memory", "speed"}], "reference": {...}, "pairs": [...], "text", "machine",
-    "options", "tasks"}. Each figure is {"value", "low", "high", "unit", "n"}, low to high the 95% interval; "fidelity" has
-    fidelity.figures(), "pairs" has fidelity.paired() for every two artifacts, the earlier as "baseline"; "tasks" is
+    "options", "tasks"}. Each figure is {"value", "low", "high", "unit", "n"}, low to high the 95% interval; "fidelity"
+    has fidelity.figures(), "pairs" has fidelity.paired() for every two artifacts, the earlier as "baseline"; "tasks" is
     what measure.tasks.run() returns. The same inputs give the same figures, but for speed and memory.
 
     A difference below about 0.005 nats of mean KLD may be the runtime's own: llama.cpp rounds activations to 8 bits
@@ -117,7 +117,10 @@ def measure(
         else:
             result = _described(opened, reference, str(against), options)
         if tasks is not None:
-            models = [*([(reference, result["reference"])] if reference else []), *zip(opened, result["artifacts"], strict=True)]
+            models = [
+                *([(reference, result["reference"])] if reference else []),
+                *zip(opened, result["artifacts"], strict=True),
+            ]
             result["tasks"] = run_tasks(questions, [task_model(a, entry, tasks) for a, entry in models], tasks)
     if json is not None:
         files.write_json(json, result)

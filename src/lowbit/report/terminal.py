@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowbit.report import view
+from lowbit.report import task_tables, view
 from lowbit.report.figures import MISSING, Figure, mapping, number, sequence, text
 from lowbit.units import format_bytes
 
@@ -39,6 +39,7 @@ def show_measurement(measured: Mapping[str, Any], stream: IO[str]) -> None:
     """The table of `lowbit measure`; files appear under their names."""
     console = _console(stream)
     _print_artifacts(console, view.measured_artifacts(dict(measured)), by_file=True)
+    task_tables.show(console, dict(measured))
 
 
 def show_inspection(found: Mapping[str, Any], stream: IO[str]) -> None:

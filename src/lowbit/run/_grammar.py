@@ -41,7 +41,8 @@ class Vocabulary:
             looks_special = kind & _USER_DEFINED and piece.startswith(b"<") and piece.endswith(b">")
             tokens.append(b"\xff" + piece if kind & _CONTROL or looks_special else piece)  # its mark of a special token
         function = ctypes.cast(llama.lib.llama_tokenize, ctypes.c_void_p).value
-        self.tokenizer = llguidance.LLTokenizer.from_llamacpp(
+        tokenizer: Any = llguidance.LLTokenizer  # from_llamacpp is not in its stubs
+        self.tokenizer = tokenizer.from_llamacpp(
             tokens=tokens, vocab_ptr=vocab, tokenize_fptr=function, eos_token=eos, slices=None
         )
 

@@ -22,8 +22,8 @@ import numpy as np
 from lowbit.checkpoint.gguf_file import GgufFile
 from lowbit.errors import BadFile, BadOption, BadText, NotFound, RuntimeFailed
 from lowbit.run import _kv_types, _llama_h, _looks, _tokens, _trial
-from lowbit.run._kv_types import KV_TYPES, UNQUANTIZED
 from lowbit.run._grammar import Grammar, Vocabulary
+from lowbit.run._kv_types import KV_TYPES, UNQUANTIZED
 from lowbit.run._products import Observer, Watch
 from lowbit.run.base import Runtime, Suits, check_sizes
 from lowbit.threads import available_cores
@@ -336,7 +336,9 @@ class LlamaCpp(Runtime):
         """What keeps generation within a JSON Schema, as llama.cpp's server does it (see _grammar.py)."""
         if self._vocabulary is None:
             pieces = [self.piece(token, special=True) for token in range(self.n_vocab)]
-            self._vocabulary = Vocabulary(self._llama, self._vocab, pieces, [t for t in range(self.n_vocab) if self.ends(t)])
+            self._vocabulary = Vocabulary(
+                self._llama, self._vocab, pieces, [t for t in range(self.n_vocab) if self.ends(t)]
+            )
         return Grammar(self._vocabulary, schema, self.path)
 
     @property

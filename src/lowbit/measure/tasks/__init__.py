@@ -26,7 +26,19 @@ from lowbit.measure.tasks._engine import Engine, InProcess
 from lowbit.measure.tasks._journal import Journal
 from lowbit.measure.tasks.base import Item, Metric, Outcome, Task, TaskOptions
 
-__all__ = ["Item", "Metric", "Model", "Outcome", "Task", "TaskOptions", "kinds", "model_of", "open_tasks", "run", "sets"]
+__all__ = [
+    "Item",
+    "Metric",
+    "Model",
+    "Outcome",
+    "Task",
+    "TaskOptions",
+    "kinds",
+    "model_of",
+    "open_tasks",
+    "run",
+    "sets",
+]
 
 
 @dataclass(frozen=True, kw_only=True)

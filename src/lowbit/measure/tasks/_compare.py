@@ -23,7 +23,10 @@ def figures(task: Task, outcomes: Outcomes, items: Sequence[Item]) -> dict[str, 
     for metric in task.shown():
         values = _values(outcomes, items, metric)
         if len(values):
-            found[metric] = statistics.share(values == 1) if _binary(values) else _mean(values)
+            unit = task.shown()[metric].unit
+            found[metric] = (
+                statistics.share(values == 1) if unit == "share" and _binary(values) else _mean(values, unit)
+            )
     return found
 
 
@@ -53,14 +56,17 @@ def pairs(task: Task, runs: Sequence[tuple[str, Outcomes]], *, flips: int) -> li
 
 
 def _compared(task: Task, baseline: Outcomes, artifact: Outcomes, metric: str) -> statistics.Comparison | None:
-    items = [i for i in task.items if _score(baseline, i, metric) is not None and _score(artifact, i, metric) is not None]
+    items = [
+        i for i in task.items if _score(baseline, i, metric) is not None and _score(artifact, i, metric) is not None
+    ]
     if not items:
         return None
     x, y = _values(baseline, items, metric), _values(artifact, items, metric)
-    if _binary(x) and _binary(y):
+    about = task.shown()[metric]
+    if about.unit == "share" and _binary(x) and _binary(y):
         return statistics.of_items(x == 1, y == 1)
-    higher = task.shown()[metric].higher_is_better
-    return statistics.of_means((y - x)[:, None], Bootstrap(len(items), 1), higher_is_better=higher)
+    draws = Bootstrap(len(items), 1)
+    return statistics.of_means((y - x)[:, None], draws, higher_is_better=about.higher_is_better, unit=about.unit)
 
 
 def _flips(task: Task, baseline: Outcomes, artifact: Outcomes, most: int) -> dict[str, Any]:
@@ -95,5 +101,5 @@ def _binary(values: np.ndarray) -> bool:
     return bool(np.isin(values, (0.0, 1.0)).all())
 
 
-def _mean(values: np.ndarray) -> Figure:
-    return Bootstrap(len(values), 1).mean(values)
+def _mean(values: np.ndarray, unit: str) -> Figure:
+    return Bootstrap(len(values), 1).mean(values, unit)

@@ -68,7 +68,7 @@ class Engine(abc.ABC):
     def rendered(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> str | None:
         """The text of a conversation up to where the answer begins; None where only the server knows it."""
 
-    def share(self, contexts: Iterable[str]) -> None:
+    def share(self, contexts: Iterable[str]) -> None:  # noqa: B027 - an engine that keeps nothing need not listen
         """Tells what contexts will come, so that what they begin with is computed once."""
 
 
@@ -92,8 +92,8 @@ class InProcess(Engine):
             before, after = self._fitting(*self.pair(context, continuation))
             groups.setdefault(tuple(before), []).append((i, after))
         found: dict[int, Likelihood] = {}
-        for before, members in groups.items():
-            scored = self._score(list(before), [after for _, after in members])
+        for shared, members in groups.items():
+            scored = self._score(list(shared), [after for _, after in members])
             found |= {i: likelihood for (i, _), likelihood in zip(members, scored, strict=True)}
         return [found[i] for i in range(len(continuations))]
 
@@ -113,8 +113,8 @@ class InProcess(Engine):
     def pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Token ids of a context and of what follows it, split as lm-eval splits them."""
         if not context:
-            ids = list(self.encode(continuation, False))
-            return ([self.first], ids) if ids[:1] != [self.first] else (ids[:1], ids[1:])
+            alone = list(self.encode(continuation, False))
+            return ([self.first], alone) if alone[:1] != [self.first] else (alone[:1], alone[1:])
         kept = context.rstrip()
         continuation, context = context[len(kept) :] + continuation, kept
         if not context:
@@ -126,7 +126,7 @@ class InProcess(Engine):
         common: Sequence[int] | None = None
         for context in contexts:
             kept = context.rstrip()
-            ids = self.encode(kept, None) if kept else (self.first,)
+            ids: Sequence[int] = self.encode(kept, None) if kept else (self.first,)
             common = ids if common is None else common[: _agree(common, ids)]
             common = common[: len(ids) - 1]  # one is left to read, whose logits are wanted
         useful = common is not None and len(common) >= _LEAST_SHARED and self.model.rewinds
@@ -213,9 +213,7 @@ class InProcess(Engine):
             return "\n\n".join([*(str(m["content"]) for m in messages), ""])
         return self.model.rendered(messages, **({"tools": list(tools)} if tools else {}))
 
-    def _answer(
-        self, ids: list[int], max_tokens: int, stop: Sequence[str], schema: Mapping[str, Any] | None
-    ) -> str:
+    def _answer(self, ids: list[int], max_tokens: int, stop: Sequence[str], schema: Mapping[str, Any] | None) -> str:
         self._holds = False
         ids = ids[-max(1, self.model.context - max_tokens) :]
         tokens = self.model.generate(ids, max_tokens) if schema is None else self._constrained(ids, max_tokens, schema)

@@ -40,7 +40,7 @@ class Journal:
     def __enter__(self) -> Self:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle = open(self.path, "a+b")  # noqa: SIM115 - closed in __exit__
+            handle = open(self.path, "a+b")
         except OSError as error:
             console.log(f"{self.path}: {error.strerror}; a killed run will begin anew")
             return self

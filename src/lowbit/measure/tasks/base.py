@@ -11,8 +11,10 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
+import lowbit
 from lowbit.errors import BadOption
 from lowbit.measure.tasks._engine import Engine
 
@@ -69,10 +71,11 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """label: as people read it; note: what exactly is counted."""
+    """label: as people read it; note: what exactly is counted; unit: "share" for what is right or wrong."""
 
     label: str
     note: str = ""
+    unit: str = "share"
     higher_is_better: bool = True
 
 
@@ -120,7 +123,7 @@ class Task(abc.ABC):
             if item.id not in done:
                 yield item.id, self.outcome(item, engine)
 
-    def prepare(self, engine: Engine) -> None:
+    def prepare(self, engine: Engine) -> None:  # noqa: B027 - most share nothing
         """Before the first item: what all of them share."""
 
     def way(self, engine: Engine) -> str:
@@ -137,6 +140,11 @@ class Task(abc.ABC):
         fields = [[i.id, dict(i.fields)] for i in self.items]
         what = json.dumps([self.kind, self.shots, self.settings, fields], sort_keys=True, default=str)
         return hashlib.sha256(what.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def data_file(name: str) -> Path:
+    """A file that comes with lowbit."""
+    return Path(lowbit.__file__).parent / "data" / name
 
 
 def spread(items: Sequence[T], limit: int | None) -> list[T]:

@@ -7,7 +7,7 @@ import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from lowbit.errors import BadText
 from lowbit.measure.tasks import _source
@@ -50,7 +50,7 @@ class ExactMatch(Task):
     answer."""
 
     kind = "exact_match"
-    metrics = {
+    metrics: ClassVar[Mapping[str, Metric]] = {
         "exact_match": Metric(label="Exact match", note="after normalisation"),
         "contains": Metric(label="Contains the answer", note="as whole words, after normalisation"),
     }

@@ -10,7 +10,7 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -28,9 +28,12 @@ class MultipleChoice(Task):
     stands between it and a choice; chat: through the chat template."""
 
     kind = "multiple_choice"
-    metrics = {
+    metrics: ClassVar[Mapping[str, Metric]] = {
         "acc": Metric(label="Accuracy", note="by log-probability"),
         "acc_norm": Metric(label="Accuracy, by length", note="by log-probability over characters"),
+        "margin": Metric(
+            label="Margin", note="nats by which the right choice is likelier than the best other", unit="nats"
+        ),
     }
     main = "acc"
 
@@ -87,14 +90,17 @@ class MultipleChoice(Task):
 
 
 def outcome_of(logprobs: Sequence[float], choices: Sequence[str], right: int) -> Outcome:
-    """Right or wrong by both rules. Also the margin: the right choice's log-probability less the best wrong one's."""
+    """Right or wrong by both rules, and the margin: the right choice's log-probability less the best wrong one's."""
     plain = int(np.argmax(logprobs))
     by_length = int(np.argmax(np.array(logprobs) / np.array([float(max(1, len(c))) for c in choices])))
     wrong = [x for i, x in enumerate(logprobs) if i != right]
     return {
-        "scores": {"acc": float(plain == right), "acc_norm": float(by_length == right)},
+        "scores": {
+            "acc": float(plain == right),
+            "acc_norm": float(by_length == right),
+            "margin": logprobs[right] - max(wrong),
+        },
         "answer": shortened(choices[plain]),
-        "margin": logprobs[right] - max(wrong),
         "logprobs": [float(x) for x in logprobs],
     }
 
@@ -109,7 +115,7 @@ def asked_for_the_letter(item: Item, engine: Engine, before: str = "") -> Outcom
     said = engine.chat([{"role": "user", "content": question}], max_tokens=8)
     chosen = letter_in(said, letters)
     return {
-        "scores": {"acc": float(chosen == right), "acc_norm": None},
+        "scores": {"acc": float(chosen == right), "acc_norm": None, "margin": None},
         "answer": shortened(choices[chosen] if chosen is not None else said.strip()),
     }
 
