@@ -48,7 +48,7 @@ def rescue(answer: Answer, asked: Request, trace: Trace) -> None:
     for text, where in ((answer.content, "the text"), (answer.reasoning, "the thoughts")):
         if where == "the thoughts" and answer.content.strip():
             return
-        for name in (own,) if own else dialects.names():
+        for name in (own,) if own else dialects.likely(text):
             parsed = dialects.get(name).parse(text, asked.tools)
             if parsed.calls:
                 answer.calls = parsed.calls

@@ -13,7 +13,9 @@ class Splitter:
 
     def __init__(self, tools: Collection[str], dialect: str | None = None) -> None:
         names = () if dialect == "" or not tools else ((dialect,) if dialect else dialects.names())
-        self._marks = tuple(mark for name in names for mark in dialects.get(name).marks)
+        self._marks = tuple({mark: None for name in names for mark in dialects.get(name).marks})
+        self._opens = tuple({mark: None for name in names for mark in dialects.get(name).opens})
+        self._begun = False  # whether anything but white space has been said
         self._held: list[str] = []
         self._open = ""  # the end of the text that may be the beginning of a mark
         self._in_call = False
@@ -22,8 +24,15 @@ class Splitter:
         """What of the text so far can go out now."""
         if not self._marks:
             return text
+        if not self._begun and (begun := (self._open + text).lstrip()):
+            if any(mark.startswith(begun) and mark != begun for mark in self._opens):
+                self._open += text
+                return ""
+            self._begun = True
+            self._in_call = begun.startswith(self._opens)
         if self._in_call:
-            self._held.append(text)
+            self._held.append(self._open + text)
+            self._open = ""
             return ""
         text = self._open + text
         found = min((at for mark in self._marks if (at := text.find(mark)) >= 0), default=-1)

@@ -9,7 +9,7 @@ import pkgutil
 from lowbit.errors import BadOption
 from lowbit.harness.dialects.base import Dialect
 
-__all__ = ["Dialect", "get", "names"]
+__all__ = ["Dialect", "get", "likely", "names"]
 
 
 @functools.cache
@@ -28,6 +28,12 @@ def _dialects() -> dict[str, Dialect]:
 def names() -> tuple[str, ...]:
     """The dialects there are."""
     return tuple(_dialects())
+
+
+def likely(text: str) -> tuple[str, ...]:
+    """The dialects that a text may be in: those whose marks it has, then those that have none."""
+    marked = [d.name for d in _dialects().values() if any(mark in text for mark in d.marks)]
+    return (*marked, *(d.name for d in _dialects().values() if not d.marks))
 
 
 def get(name: str) -> Dialect:

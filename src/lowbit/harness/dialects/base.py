@@ -25,10 +25,12 @@ class Dialect(ABC):
 
     name:  the file's name
     marks: what a call begins with; from there on, streamed text is held back
+    opens: what a call may begin with where it is the first thing that is said
     """
 
     name: ClassVar[str]
     marks: ClassVar[tuple[str, ...]]
+    opens: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def parse(self, text: str, tools: Collection[str]) -> Parsed:

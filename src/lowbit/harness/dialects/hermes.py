@@ -7,9 +7,9 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from lowbit.harness.answer import Call, arguments_text
+from lowbit.harness.answer import Call
+from lowbit.harness.dialects._json import broken_call, call_of, value_at
 from lowbit.harness.dialects.base import Dialect, Parsed
-from lowbit.harness.structured import mended
 
 _CALL = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|(?=<tool_call>)|\Z)", re.DOTALL)
 
@@ -19,16 +19,20 @@ class Hermes(Dialect):
     marks = ("<tool_call>",)
 
     def parse(self, text: str, tools: Collection[str]) -> Parsed:
-        parsed = Parsed(content=_CALL.sub("", text))
+        parsed, rest, at = Parsed(content=""), [], 0
         for match in _CALL.finditer(text):
+            read = value_at(match[1], 0)
+            call = broken_call(match[1]) if read is None else call_of(read[0], ())
+            if call is None:  # the mark in a sentence, or a syntax that another dialect reads
+                continue
+            parsed.calls.append(call)
+            rest.append(text[at : match.start()])
+            at = match.end()
+            if read is None:
+                parsed.notes.append("JSON that is broken")
             if not match[0].endswith("</tool_call>"):
                 parsed.notes.append("no closing </tool_call>")
-            try:
-                value = json.loads(match[1])
-            except (ValueError, RecursionError):
-                value, _ = mended(match[1])
-            if isinstance(value, dict) and isinstance(value.get("name"), str):
-                parsed.calls.append(Call(name=value["name"], arguments=arguments_text(value.get("arguments"))))
+        parsed.content = "".join(rest) + text[at:]
         return parsed
 
     def describe(self, tools: Sequence[dict[str, Any]]) -> str:
