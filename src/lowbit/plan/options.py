@@ -21,7 +21,7 @@ class PlanOptions:
     kv_unified:      one cache that all slots share; None leaves it to the runtime
     batch, ubatch:   tokens accepted at a time, and computed at a time
     swa_full:        sliding layers keep all of the context, as --swa-full
-    kv_type_k, kv_type_v: types of the cached keys and values
+    kv_type_k, kv_type_v: types of the cached keys and values; "" leaves them to the runtime
     flash_attention: None leaves it to the runtime
     recipe:          how the weights will be packed, one of lowbit.recipe.names(); None means as they are in a packed
                      file, and Q4_0 of a checkpoint
@@ -36,8 +36,8 @@ class PlanOptions:
     batch: int = 2048
     ubatch: int = 512
     swa_full: bool = False
-    kv_type_k: str = "f16"
-    kv_type_v: str = "f16"
+    kv_type_k: str = ""
+    kv_type_v: str = ""
     flash_attention: bool | None = None
     recipe: str | None = None
     drafter: str | Path | None = None

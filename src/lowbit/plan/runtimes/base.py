@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from lowbit.plan.model import PlanModel
 from lowbit.plan.options import PlanOptions
-from lowbit.plan.result import Row
+from lowbit.plan.result import Plan, Row
+from lowbit.units import GIB
 
 
 class Runtime(ABC):
@@ -15,10 +16,23 @@ class Runtime(ABC):
 
     name:     as people write it ('llama.cpp'); its file is called the same with underscores
     kv_types: the types that keys and values can be cached in, the default first
+    usual_kv_types, recipes: those that a table of what fits has; recipes are the formats of a family's models
+    margin_why: why ``margin`` is what it is
     """
 
     name: ClassVar[str]
     kv_types: ClassVar[tuple[str, ...]]
+    usual_kv_types: ClassVar[tuple[str, ...]]
+    recipes: ClassVar[tuple[str, ...]]
+    margin_why: ClassVar[str]
+
+    def margin(self, room: int) -> int:
+        """Bytes of ``room`` that stay free where nobody says how many."""
+        return GIB
+
+    def resident(self, plan: Plan, *, gpu: bool) -> tuple[Row, ...]:
+        """The rows of a plan that must be in memory at once; in a GPU's the program itself is not."""
+        return tuple(row for row in plan.rows if not (gpu and row.part == "process"))
 
     @abstractmethod
     def settings(self, model: PlanModel, options: PlanOptions) -> dict[str, Any]:

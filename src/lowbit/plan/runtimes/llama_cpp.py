@@ -16,7 +16,7 @@ from lowbit.errors import BadOption, RuntimeFailed, Unsupported
 from lowbit.plan.header import header_only
 from lowbit.plan.model import PlanModel, PlannedTensor
 from lowbit.plan.options import PlanOptions
-from lowbit.plan.result import Row
+from lowbit.plan.result import Plan, Row
 from lowbit.plan.runtimes import _llama_kv, _llama_scratch
 from lowbit.plan.runtimes.base import Runtime
 from lowbit.run._dry_run import ContextMemory, DryRun, LaidOut
@@ -27,6 +27,7 @@ DEFAULT_RECIPE = "q4_0"
 _AUTO_SLOTS = 4  # of llama-server, with a unified cache
 _FLOATS = ("f16", "f32", "bf16")
 _FORMULA, _DRY = "formula", "llama.cpp's own layout"
+REPACKED = "repacked weights"
 _LAZY = (("gemma4", "per_layer_token_embd.weight"),)  # TENSOR_READ_LAZY in src/models
 _LAZY_BYTES = 4 * GIB  # LLAMA_LAZY_MODE_AUTO: larger ones of these are read row by row as they are asked for
 # src/llama-kv-cells.h: position, shift, 2D position, sequences; two tree nodes once the cell is used
@@ -45,6 +46,15 @@ class _Layout:
 class LlamaCpp(Runtime):
     name = "llama.cpp"
     kv_types = ("f16", *(name for name in KV_TYPES if name != "f16"))
+    usual_kv_types = ("f16", "q8_0", "q4_0")
+    recipes = ("q4_0", "q4_k_m", "q8_0", "bf16")
+    margin_why = "llama.cpp's own: --fit leaves 1024 MiB free"
+
+    def resident(self, plan: Plan, *, gpu: bool) -> tuple[Row, ...]:
+        """One of the two copies of repacked weights: pages of a mapped file that were copied are not read again, and
+        the system lets go of them first. On a GPU nothing is copied."""
+        twice = REPACKED if plan.settings["mmap"] else None
+        return tuple(row for row in super().resident(plan, gpu=gpu) if row.what != twice)
 
     def settings(self, model: PlanModel, options: PlanOptions) -> dict[str, Any]:
         room, flash = _room(model, options), _flash(options)
@@ -166,7 +176,7 @@ def _weight_rows(
         rows.append(Row(part="weights", what=tensor.name, bytes=0, why=why, found=_FORMULA))
     if repacked:
         why = "copies in an order that this CPU computes faster with" + (", beside the mapped file" * options.mmap)
-        rows.append(Row(part="weights", what="repacked weights", bytes=repacked.model, why=why, found=_DRY))
+        rows.append(Row(part="weights", what=REPACKED, bytes=repacked.model, why=why, found=_DRY))
     return rows
 
 
