@@ -17,7 +17,7 @@ from lowbit.plan.runtimes import mlx as mlx_plan
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from layouts import small
+from miniature import small
 
 mx = pytest.importorskip("mlx.core")
 cache_module = pytest.importorskip("mlx_lm.models.cache")
