@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import ctypes
+import functools
 import os
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -50,6 +51,14 @@ def in_order(jobs: Iterable[Callable[[], _T]], threads: int) -> Generator[_T]:
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def in_shares(n: int, threads: int, job: Callable[[int, int], None]) -> None:
+    """Runs job(begin, end) over 0 to n, cut into a share a thread, all at once."""
+    share = max(1, -(-n // max(1, threads)))
+    jobs = (functools.partial(job, begin, min(begin + share, n)) for begin in range(0, n, share))
+    for _ in in_order(jobs, threads):
+        pass
 
 
 def keep_freed_memory() -> None:

@@ -26,6 +26,12 @@ def proof(blocks: int) -> dict[str, int]:
     return {"blocks": blocks, "exact": blocks, "within_scale_rounding": 0, "off_lattice": 0}
 
 
+def judged(value: float, half: float, verdict: str, smallest: float) -> dict[str, Any]:
+    p = 0.3 if verdict.startswith("no ") else 1e-9
+    fields = {"verdict": verdict, "p_value": p, "p_adjusted": p, "smallest_detectable": smallest}
+    return {**fig(value, half, n=TOKENS), **fields}
+
+
 def artifact(
     name: str, size: int, values: tuple[float, ...] | None, prompt: float, generation: float
 ) -> dict[str, Any]:
@@ -157,6 +163,9 @@ def record() -> dict[str, Any]:
                     "baseline": "runs/smollm2-135m/naive-q4_0.gguf",
                     "artifact": "runs/smollm2-135m/model-q4_0.gguf",
                     "kld_mean_ratio": fig(0.322, 0.011, n=TOKENS),
+                    "kld_mean_difference": judged(-0.276, 0.02, "better", 0.03),
+                    "top1_difference": judged(0.144, 0.02, "better", 0.03),
+                    "log_perplexity_difference": judged(-0.012, 0.02, "no measurable difference", 0.03),
                 }
             ],
             "text": {

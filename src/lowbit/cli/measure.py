@@ -18,6 +18,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifacts", metavar="ARTIFACT", nargs="+", help="GGUF files, MLX or Hugging Face folders")
     parser.add_argument("--against", metavar="REFERENCE", help="a GGUF of high precision or a MODEL")
     parser.add_argument(
+        "--reference-cache",
+        metavar="FILE",
+        help="keep there what the reference says of the text, 300 bytes a token; once it is made it is used instead of "
+        "running the reference, and --against may be left out",
+    )
+    parser.add_argument(
+        "--cache-error",
+        type=float,
+        default=0.001,
+        metavar="NATS",
+        help="say so where the cache may add more than this to the mean KLD (default: 0.001)",
+    )
+    parser.add_argument(
         "--runtime",
         metavar="NAME",
         help="run the artifacts in llama.cpp, llama-server, mlx, transformers or openai (default: what each is for)",
@@ -91,10 +104,16 @@ def run(args: argparse.Namespace) -> int:
         reference_runtime=args.reference_runtime,
         speed=costs,
         memory=costs,
+        cache_error=args.cache_error,
     )
     with output.results_only():
         measured = measure(
-            args.artifacts, against=args.against, text=args.text, tasks=_task_options(args), options=options
+            args.artifacts,
+            against=args.against,
+            text=args.text,
+            reference_cache=args.reference_cache,
+            tasks=_task_options(args),
+            options=options,
         )
     if args.json:
         output.write_result(measured, args.json)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,15 +16,15 @@ import numpy as np
 
 from lowbit import console, files, verbs
 from lowbit.errors import BadOption
-from lowbit.measure import fidelity, opening
+from lowbit.measure import fidelity, opening, passes
 from lowbit.measure.bootstrap import Bootstrap
+from lowbit.measure.pairs import pairs, perplexity_against
 from lowbit.measure.record import Figure, machine
+from lowbit.measure.sketch import Divergence
 from lowbit.measure.speed import probe
 from lowbit.measure.tasks import TaskOptions, open_tasks
 from lowbit.measure.tasks import model_of as task_model
 from lowbit.measure.tasks import run as run_tasks
-from lowbit.measure.text import chunks_of, read_text
-from lowbit.threads import thread_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +42,7 @@ class MeasureOptions:
     repeats:       how often the speed run is repeated, at least 2
     prompt_tokens, generate_tokens: its lengths; the prompt is at most a chunk
     resamples, seed: of the bootstrap
+    cache_error:   nats that a reference cache may add to the mean KLD; the result says where its bound is larger
     """
 
     chunk: int = 512
@@ -58,6 +58,7 @@ class MeasureOptions:
     generate_tokens: int = 32
     resamples: int = 1000
     seed: int = 0
+    cache_error: float = 0.001
 
     def __post_init__(self) -> None:
         least = {"chunk": 4, "chunks": 1, "threads": 1, "repeats": 2, "prompt_tokens": 1, "generate_tokens": 1}
@@ -65,6 +66,8 @@ class MeasureOptions:
             value = getattr(self, name)
             if value is not None and value < smallest:
                 raise BadOption(f"impossible {name}", found=value, expected=f"at least {smallest}")
+        if not 0 < self.cache_error < float("inf"):
+            raise BadOption("impossible cache_error", found=self.cache_error, expected="nats, more than 0")
 
 
 def measure(
@@ -72,6 +75,7 @@ def measure(
     *,
     against: str | os.PathLike[str] | None = None,
     text: str | os.PathLike[str] | None = None,
+    reference_cache: str | os.PathLike[str] | None = None,
     tasks: TaskOptions | None = None,
     json: str | os.PathLike[str] | None = None,
     options: MeasureOptions | None = None,
@@ -83,14 +87,18 @@ def measure(
                a checkpoint (Hugging Face folder or name), which is computed in float32 (see opening.reference)
     text:      held-out UTF-8 text of at least one chunk of tokens; wants a reference. None leaves fidelity out, and
                with it memory and speed, which are measured on the text
+    reference_cache: a file that keeps what the reference says of the text, made where it is not there; with one that
+               is, ``against`` may be left out. The KLD is then an estimate (see ``sketch``)
     tasks:     sets of questions to put to all of them, the reference included where there is one
     json:      where to write the result as well
 
     Returns {"format", "artifacts": [{"path", "runtime": {"name", "version"}, "sha256", "size_bytes",
     "bits_per_weight", "fidelity", "memory", "speed"}], "reference": {...}, "pairs": [...], "text", "machine",
     "options", "tasks"}. Each figure is {"value", "low", "high", "unit", "n"}, low to high the 95% interval; "fidelity"
-    has fidelity.figures(), "pairs" has fidelity.paired() for every two artifacts, the earlier as "baseline"; "tasks" is
-    what measure.tasks.run() returns. The same inputs give the same figures, but for speed and memory.
+    has fidelity.figures(), "pairs" has pairs.pairs() for every two artifacts, the earlier as "baseline", with a
+    "verdict" on each difference; with a cache an artifact has "kld_from_cache": {"error", "confidence", "certain_low",
+    "certain_high", "asked", "within"}; "tasks" is what measure.tasks.run() returns. The same inputs give the same
+    figures, but for speed and memory.
 
     A difference below about 0.005 nats of mean KLD may be the runtime's own: llama.cpp rounds activations to 8 bits
     against quantized weights, and a change of kernel alone moves SmolLM2-135M by that much.
@@ -104,16 +112,20 @@ def measure(
         raise BadOption("no artifact was given", expected="at least one file or folder")
     if text is None and tasks is None:
         raise BadOption("nothing to measure", expected="a text (--text), tasks (--tasks), or both")
-    if text is not None and against is None:
-        raise BadOption("a text needs a reference", expected="--against")
+    if text is not None and against is None and reference_cache is None:
+        raise BadOption("a text needs a reference", expected="--against, or a --reference-cache that is there")
+    if text is None and reference_cache is not None:
+        raise BadOption("a reference cache is of a text", expected="--text")
     questions = open_tasks(tasks) if tasks is not None else []
     opened = [opening.artifact(target, options) for target in listed]
+    cache = Path(reference_cache) if reference_cache is not None else None
     with contextlib.ExitStack() as stack:
         reference = None
         if against is not None:
             reference = stack.enter_context(opening.reference(against, opened[0], options))
-        if text is not None and reference is not None:
-            result = _measure(opened, reference, str(against), Path(text), options)
+        name = str(against) if against is not None else None
+        if text is not None:
+            result = _measure(opened, reference, name, Path(text), cache, options)
         else:
             result = _described(opened, reference, str(against), options)
         if tasks is not None:
@@ -152,60 +164,69 @@ def _described(
 
 def _measure(
     artifacts: list[opening.Artifact],
-    against: opening.Artifact,
-    reference_name: str,
+    against: opening.Artifact | None,
+    reference_name: str | None,
     text_path: Path,
+    cache: Path | None,
     options: MeasureOptions,
 ) -> dict[str, Any]:
-    with contextlib.ExitStack() as stack:
-        reference = stack.enter_context(against.open())
-        text = read_text(text_path, reference)
-        bos = reference.bos if reference.adds_bos else None
-        chunks = chunks_of(text, chunk=options.chunk, limit=options.chunks, bos=bos)
-        models = [stack.enter_context(artifact.open()) for artifact in artifacts]
-        for model in models:
-            opening.check_same_tokens(model, reference, text)
-        with console.progress("Measuring fidelity", total=len(chunks) * (1 + len(models))) as bar:
-            of_reference, scores = fidelity.score(reference, models, chunks, bar.update, thread_count(options.threads))
-        described = [opening.described(model) for model in [reference, *models]]
-    bootstrap = Bootstrap(*scores[0].kld.shape, resamples=options.resamples, seed=options.seed)
-    described[0]["path"] = reference_name
-    described[0]["perplexity"] = bootstrap.mean(of_reference.nll, via=np.exp).as_json()
-    for entry, score in zip(described[1:], scores, strict=True):
+    if cache is not None:
+        found = passes.from_cache(cache, artifacts, against, text_path, options)
+    else:
+        assert against is not None
+        found = passes.together(artifacts, against, text_path, options)
+    bootstrap = Bootstrap(*found.of_reference.nll.shape, resamples=options.resamples, seed=options.seed)
+    reference, entries = found.reference, found.artifacts
+    if reference_name is not None:
+        reference["path"] = reference_name
+    reference["perplexity"] = bootstrap.mean(found.of_reference.nll, via=np.exp).as_json()
+    for entry, score in zip(entries, found.scores, strict=True):
+        lost = perplexity_against(found.of_reference, score, bootstrap)
         entry["fidelity"] = _json(fidelity.figures(score, bootstrap))
-    _add_speed_and_memory(described, [against, *artifacts], chunks[0], options)
+        entry["against_reference"] = {"log_perplexity_difference": lost.as_json()}
+        if score.kept is not None:
+            entry["kld_from_cache"] = _of_cache(score.kept, options.cache_error)
+    run_too = [(reference, against)] if against is not None else []
+    run_too += zip(entries, artifacts, strict=True)
+    _add_speed_and_memory(run_too, found.chunks[0], options)
     return {
         "format": "lowbit-measure/1",
-        "artifacts": described[1:],
-        "reference": described[0],
-        "pairs": [
-            {
-                "baseline": str(artifacts[b].target),
-                "artifact": str(artifacts[a].target),
-                **_json(fidelity.paired(scores[b], scores[a], bootstrap)),
-            }
-            for b, a in itertools.combinations(range(len(artifacts)), 2)
-        ],
+        "artifacts": entries,
+        "reference": reference,
+        "pairs": pairs([str(artifact.target) for artifact in artifacts], found.scores, bootstrap),
         "text": {
             "path": str(text_path),
             "name": text_path.name,
-            "sha256": text.sha256,
-            "tokens": len(text.ids),
-            "chunks": len(chunks),
+            "sha256": found.text.sha256,
+            "tokens": len(found.text.ids),
+            "chunks": len(found.chunks),
         },
         "machine": machine(),
-        "options": {**asdict(options), "bootstrap_units": len(chunks) * bootstrap.parts},
+        "options": {**asdict(options), "bootstrap_units": len(found.chunks) * bootstrap.parts},
+    }
+
+
+def _of_cache(kept: Divergence, asked: float) -> dict[str, Any]:
+    """How far the mean KLD may be from the exact one because the reference came from a cache."""
+    error = kept.error_of_mean()
+    return {
+        "error": error,
+        "confidence": 0.999,
+        "certain_low": float(kept.low.mean()),
+        "certain_high": float(kept.high.mean()),
+        "asked": asked,
+        "within": error <= asked,
     }
 
 
 def _add_speed_and_memory(
-    entries: list[dict[str, Any]], artifacts: list[opening.Artifact], tokens: np.ndarray, options: MeasureOptions
+    listed: list[tuple[dict[str, Any], opening.Artifact]], tokens: np.ndarray, options: MeasureOptions
 ) -> None:
     """Each file alone, after the fidelity run has let go of its memory."""
     if not options.speed and not options.memory:
         return
-    with console.progress("Measuring speed and memory", total=len(artifacts)) as bar:
-        for i, (entry, artifact) in enumerate(zip(entries, artifacts, strict=True)):
+    with console.progress("Measuring speed and memory", total=len(listed)) as bar:
+        for i, (entry, artifact) in enumerate(listed):
             found = probe(
                 artifact.target,
                 tokens[: options.prompt_tokens].tolist(),

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from lowbit.measure import sketch
 from lowbit.measure.bootstrap import Bootstrap
 from lowbit.measure.divergence import kl, softmax
 from lowbit.measure.in_step import in_step
 from lowbit.measure.record import Figure, exact
+from lowbit.measure.reference_cache import ReferenceCache
 from lowbit.run.base import Runtime
-from lowbit.threads import in_order
+from lowbit.threads import in_shares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +31,14 @@ class Scores:
     kld:      KL(reference || artifact), nats; None for the reference itself
     same_top: whether the most probable token is the reference's
     delta_p:  p(next token) minus the reference's
+    kept:     where the reference came from a cache, what is known of ``kld``, which is then an estimate
     """
 
     nll: np.ndarray
     kld: np.ndarray
     same_top: np.ndarray
     delta_p: np.ndarray
+    kept: sketch.Divergence | None = None
 
     @classmethod
     def empty(cls, chunks: int, positions: int) -> Scores:
@@ -83,15 +86,13 @@ def compare(
     """
     chunk = len(tokens)
     rows = min(len(logits[0]), chunk - 1 - offset)  # the last position predicts nothing that is known
-    share = -(-rows // max(1, threads))
 
-    def some(begin: int) -> None:
+    def some(begin: int, end: int) -> None:
         scratch = np.empty((2, logits[0].shape[1]), np.float32)
-        for i in range(begin, min(begin + share, rows)):
+        for i in range(begin, end):
             _compare_row([of[i] for of in logits], tokens[offset + i + 1], into, (c, offset + i - chunk // 2), scratch)
 
-    for _ in in_order((partial(some, begin) for begin in range(0, rows, max(1, share))), threads):
-        pass
+    in_shares(rows, threads, some)
 
 
 def _compare_row(
@@ -107,6 +108,61 @@ def _compare_row(
         scores.delta_p[at] = math.exp(log_q) - math.exp(log_p)
         scores.same_top[at] = q.top == p.top
         scores.kld[at] = kl(p, q, rows[0], row, scratch[1])
+
+
+def score_kept(
+    cache: ReferenceCache,
+    artifact: Runtime,
+    chunks: int,
+    advance: Callable[[int], None] = lambda done: None,
+    threads: int = 1,
+) -> tuple[Scores, Scores]:
+    """Runs an artifact over the first ``chunks`` chunks of a cache; the reference's scores and the artifact's.
+
+    advance: called with the number of chunks done. The artifact must have the cache's vocabulary.
+    """
+    shape = chunks, cache.header.scored
+    of_reference, scores, parts = Scores.empty(*shape), Scores.empty(*shape), sketch.Parts.empty(*shape)
+    for c, tokens in enumerate(cache.tokens[:chunks]):
+        records = cache.records(c)
+        of_reference.nll[c] = records["nll"]
+        for offset, rows in artifact.logits(tokens, cache.header.first):
+            at = offset - cache.header.first
+            here = records[at : at + len(rows)]
+            following = tokens[offset + 1 : offset + 1 + len(here)]
+            _score_rows(cache.layout, here, rows, following, (scores, parts), (c, slice(at, at + len(here))), threads)
+        advance(c + 1)
+    kept = parts.settled()
+    np.exp(-scores.nll, out=scores.delta_p)
+    scores.delta_p[...] -= np.exp(-of_reference.nll)
+    return of_reference, replace(scores, kld=kept.estimate, kept=kept)
+
+
+def _score_rows(
+    layout: sketch.Layout,
+    records: np.ndarray,
+    rows: np.ndarray,
+    following: np.ndarray,
+    into: tuple[Scores, sketch.Parts],
+    at: tuple[int, slice],
+    threads: int,
+) -> None:
+    ids, _ = sketch.unpack(layout, records)
+    log_q, least = np.empty(ids.shape), np.empty(len(records))
+    scores, parts = into
+    nll, same_top = scores.nll[at], scores.same_top[at]  # views
+
+    def some(begin: int, end: int) -> None:
+        scratch = np.empty(layout.n_vocab, np.float32)
+        for i in range(begin, end):
+            q = softmax(rows[i], scratch)
+            log_q[i] = rows[i][ids[i]] - q.log_sum
+            least[i] = rows[i].min() - q.log_sum
+            nll[i] = q.log_sum - float(rows[i][following[i]])
+            same_top[i] = q.top == records["top"][i]
+
+    in_shares(len(records), threads, some)
+    parts.put(at, sketch.parts(layout, records, log_q, least))
 
 
 def figures(scores: Scores, bootstrap: Bootstrap) -> dict[str, Figure]:
@@ -125,22 +181,4 @@ def figures(scores: Scores, bootstrap: Bootstrap) -> dict[str, Figure]:
         "kld_p99": bootstrap.quantile(scores.kld, 0.99, "nats"),
         "top1": bootstrap.mean(scores.same_top.astype(np.float64), "share"),
         "rms_delta_p": bootstrap.mean(scores.delta_p**2, "probability", via=np.sqrt),
-    }
-
-
-def paired(baseline: Scores, artifact: Scores, bootstrap: Bootstrap) -> dict[str, Figure | None]:
-    """An artifact against a baseline, both measured on the same chunks: differences and the ratio of mean KLD.
-
-    The ratio is None where the baseline's KLD is 0 (it is the reference).
-    """
-    base, mean = bootstrap.means(baseline.kld), float(np.mean(baseline.kld))
-    ratio = None
-    if mean > 0 and np.all(base > 0):
-        ratio = bootstrap.figure(float(np.mean(artifact.kld)) / mean, bootstrap.means(artifact.kld) / base, "ratio")
-    tops = artifact.same_top.astype(np.float64) - baseline.same_top
-    return {
-        "kld_mean_difference": bootstrap.mean(artifact.kld - baseline.kld, "nats"),
-        "kld_mean_ratio": ratio,
-        "top1_difference": bootstrap.mean(tops, "share"),
-        "log_perplexity_difference": bootstrap.mean(artifact.nll - baseline.nll, "nats"),
     }

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowbit.report import task_tables, view
+from lowbit.report import task_tables, verdicts, view
 from lowbit.report.figures import MISSING, Figure, mapping, number, sequence, text
 from lowbit.units import format_bytes
 
@@ -39,6 +39,9 @@ def show_measurement(measured: Mapping[str, Any], stream: IO[str]) -> None:
     """The table of `lowbit measure`; files appear under their names."""
     console = _console(stream)
     _print_artifacts(console, view.measured_artifacts(dict(measured)), by_file=True)
+    _print_verdicts(console, verdicts.of(dict(measured)))
+    for line in verdicts.of_cache(dict(measured)):
+        console.print(_plain(line))
     task_tables.show(console, dict(measured))
 
 
@@ -101,6 +104,17 @@ def _artifact_table(artifacts: list[view.Artifact], *, by_file: bool = False) ->
         if any(key in a.speed for a in artifacts):
             table.add_row(name, *(_cell(a.speed.get(key)) for a in artifacts))
     return table
+
+
+def _print_verdicts(console: Console, listed: list[verdicts.Compared]) -> None:
+    for compared in listed:
+        console.print(_plain(f"{compared.artifact} against {compared.baseline}"), style="bold")
+        table = _table("", "difference", "verdict", "would have seen")
+        for v in compared.verdicts:
+            difference = Text(v.value).append(f"\n{v.interval}", style="dim")
+            style = "dim" if v.verdict == verdicts.NO_DIFFERENCE else "bold"
+            table.add_row(v.what, difference, Text(v.verdict, style=style), v.smallest or MISSING)
+        console.print(table)
 
 
 def _cell(figure: Figure | None) -> Text:

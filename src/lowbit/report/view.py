@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from lowbit.report import verdicts
 from lowbit.report.figures import Figure, figure, mapping, number, sequence, text
 from lowbit.units import format_bytes, format_duration, format_share
 
@@ -95,6 +96,7 @@ class View:
     weights: str
     ratio: Figure | None
     artifacts: list[Artifact]
+    compared: list[verdicts.Compared]
     text_facts: list[tuple[str, str]]
     phases: list[Phase]
     loss: list[tuple[float, float]]
@@ -150,6 +152,7 @@ def build(record: dict[str, Any], run_dir: Path) -> View:
         weights=f"{weights:,.0f}" if weights else "",
         ratio=_ratio(measured, artifacts),
         artifacts=artifacts,
+        compared=verdicts.of(measured) if artifacts else [],
         text_facts=_text_facts(measured, artifacts),
         phases=_phases(training, left_out),
         loss=_curve(curve, "loss"),
