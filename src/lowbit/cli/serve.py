@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowbit.cli.training import positive
@@ -13,7 +14,8 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--upstream", metavar="URL", required=True, help="an OpenAI-compatible server, up to /v1")
+    parser.add_argument("model", metavar="ARTIFACT|MODEL", nargs="?", help="a GGUF, a run folder or a packaged name")
+    parser.add_argument("--upstream", metavar="URL", help="instead: an OpenAI-compatible server, up to /v1")
     parser.add_argument("--upstream-model", metavar="NAME", help="the model's name there, put into every request")
     parser.add_argument("--host", default="127.0.0.1", help="where to listen (default: this machine alone)")
     parser.add_argument("--port", type=int, default=8080, metavar="N", help="default: 8080; 0 takes a free one")
@@ -23,6 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what callers must send; better in LOWBIT_API_KEY, where no list of processes shows it. "
         "LOWBIT_UPSTREAM_KEY is what is sent to the upstream",
     )
+    group = parser.add_argument_group("llama.cpp's server, in llama-server's words")
+    group.add_argument("--ctx", "-c", type=positive, metavar="N", help="tokens of all slots (default: what fits)")
+    group.add_argument("--slots", "--parallel", "-np", type=positive, metavar="N", help="requests at once (default: 4)")
+    group.add_argument("--kv", default="f16", metavar="TYPE", help="KV cache: f16 (default), q8_0, ..., or K:V")
+    group.add_argument("--kv-unified", action=argparse.BooleanOptionalAction, help="one cache for all slots")
+    group.add_argument("--swa-full", action="store_true", help="sliding layers keep all, and prefixes are reused")
+    group.add_argument("--threads", "-t", type=positive, metavar="N", help="CPU threads (default: all it may use)")
+    group.add_argument("--drafter", "-md", type=Path, metavar="FILE", help="a GGUF that guesses ahead")
+    group.add_argument("--mmproj", "-mm", type=Path, metavar="FILE", help="projector for images and sound")
+    group.add_argument("--chat-template", type=Path, metavar="FILE", help="instead of the model's own")
+    group.add_argument("--llama-server", metavar="PATH", help="this binary instead of the installed library's server")
     group = parser.add_argument_group("the harness")
     group.add_argument("--tries", type=positive, default=3, metavar="N", help="requests for one answer (default: 3)")
     group.add_argument("--seconds", type=float, default=300.0, metavar="S", help="time for one answer (default: 300)")
@@ -46,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from lowbit.errors import BadOption
     from lowbit.harness import LAYERS, HarnessOptions
     from lowbit.serve import ServeOptions, serve
+    from lowbit.serve.model_server import ModelOptions
 
     if unknown := sorted(set(args.without) - set(LAYERS)):
         raise BadOption("unknown layer", found=unknown[0], expected=", ".join(LAYERS))
@@ -67,7 +81,19 @@ def run(args: argparse.Namespace) -> int:
         harness=harness,
         fallbacks=_fallbacks(args),
     )
-    serve(args.upstream, options=options)
+    model_options = ModelOptions(
+        context=args.ctx,
+        slots=args.slots,
+        kv_type=args.kv,
+        kv_unified=args.kv_unified,
+        swa_full=args.swa_full,
+        threads=args.threads,
+        drafter=args.drafter,
+        mmproj=args.mmproj,
+        template=args.chat_template,
+        llama_server=args.llama_server,
+    )
+    serve(args.model, upstream=args.upstream, options=options, model_options=model_options)
     return 0
 
 

@@ -9,11 +9,15 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lowbit import console, verbs
 from lowbit.errors import BadOption, CannotWrite
 from lowbit.harness import Fallback, Harness, HarnessOptions, HttpUpstream
+
+if TYPE_CHECKING:
+    from lowbit.serve.metrics import Metrics
+    from lowbit.serve.model_server import ModelOptions
 
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
@@ -50,11 +54,54 @@ class ServeOptions:
 @contextlib.asynccontextmanager
 async def running(upstream_url: str, options: ServeOptions) -> AsyncIterator[str]:
     """The endpoint in front of a server that runs already; gives its URL, up to and with /v1."""
+    from lowbit.serve.metrics import Metrics
+
+    metrics = Metrics()
+    upstream = HttpUpstream(upstream_url, key=options.upstream_key, model=options.model)
+    harness = Harness(upstream, options.harness, fallbacks=options.fallbacks, on_answer=metrics.answer)
+    async with _listening(harness, upstream, metrics, options) as url:
+        yield url
+
+
+@contextlib.asynccontextmanager
+async def running_model(
+    model: str | os.PathLike[str], options: ServeOptions, model_options: ModelOptions | None = None
+) -> AsyncIterator[str]:
+    """A model's server, started for this, and the endpoint in front of it."""
+    from lowbit.serve import model_server
+    from lowbit.serve.metrics import Metrics
+
+    path = model_server.artifact(os.fspath(model))
+    settled = model_server.settled(path, model_options or model_server.ModelOptions())
+    metrics = Metrics()
+    upstream = HttpUpstream("http://127.0.0.1:0/v1")
+    upstream.name = path.stem
+    upstream.holds.add("grammar")
+
+    def moved(url: str) -> None:
+        upstream.url = url
+
+    server = model_server.ModelServer(path, settled, moved)
+    special = model_server.control_tokens(path)
+    harness = Harness(upstream, options.harness, fallbacks=options.fallbacks, special=special, on_answer=metrics.answer)
+    # Who asks before the model is loaded hears so (503), and a port that is taken is found out before the wait.
+    async with _listening(harness, upstream, metrics, options) as url:
+        console.log(f"Loading {path.name} with a context of {settled.context:,} for {settled.slots} slots ...")
+        try:
+            await server.start()
+            yield url
+        finally:
+            await server.close()
+
+
+@contextlib.asynccontextmanager
+async def _listening(
+    harness: Harness, upstream: HttpUpstream, metrics: Metrics, options: ServeOptions
+) -> AsyncIterator[str]:
     from aiohttp import web
 
     from lowbit.serve import guard
     from lowbit.serve.app import Limits, Service
-    from lowbit.serve.metrics import Metrics
 
     local = guard.is_loopback(options.host)
     if not local and not options.key:
@@ -62,9 +109,6 @@ async def running(upstream_url: str, options: ServeOptions) -> AsyncIterator[str
             "a host that others reach needs a key", found=options.host, expected="--api-key, or LOWBIT_API_KEY",
             hint="Without --host only this machine is served",
         )  # fmt: skip
-    metrics = Metrics()
-    upstream = HttpUpstream(upstream_url, key=options.upstream_key, model=options.model)
-    harness = Harness(upstream, options.harness, fallbacks=options.fallbacks, on_answer=metrics.answer)
     limits = Limits(body_bytes=options.body_bytes, open_requests=options.open_requests)
     app = Service(harness, upstream, metrics, limits).app(hosts=_LOOPBACK if local else (), key=options.key)
     # handler_cancellation: who leaves before the answer frees the model's slot.
@@ -89,31 +133,55 @@ async def running(upstream_url: str, options: ServeOptions) -> AsyncIterator[str
 
 
 def serve(
-    upstream: str,
+    model: str | os.PathLike[str] | None = None,
     *,
+    upstream: str | None = None,
     options: ServeOptions | None = None,
+    model_options: ModelOptions | None = None,
     ready: Callable[[str], Any] | None = None,
 ) -> None:
     """Serves until the process is asked to end (SIGINT, SIGTERM).
 
-    upstream: the URL of an OpenAI-compatible server, up to and with /v1
-    ready:    called with the endpoint's own URL once it answers
+    model:         a GGUF, a run folder, a packaged name: llama.cpp's server is started for it
+    upstream:      or the URL of an OpenAI-compatible server, up to and with /v1
+    model_options: how llama.cpp's server is started
+    ready:         called with the endpoint's own URL once it answers
 
-    Raises BadOption, CannotWrite (the port is taken).
+    Raises BadOption, NotFound, BadFile, RuntimeFailed, CannotWrite (the port is taken).
     """
+    if (model is None) == (upstream is None):
+        raise BadOption("what is to be served?", expected="a model, or the URL of an upstream, and not both")
     logging.basicConfig(level=os.environ.get("LOWBIT_LOG", "WARNING").upper(), format="%(levelname)s %(message)s")
-    asyncio.run(_serve(upstream, options or ServeOptions(), ready or _say))
+    options = options or ServeOptions()
+    served = running(upstream, options) if upstream is not None else running_model(model, options, model_options)  # type: ignore[arg-type]
+    asyncio.run(_until_stopped(served, ready or _say))
 
 
-async def _serve(upstream: str, options: ServeOptions, ready: Callable[[str], Any]) -> None:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
+async def _until_stopped(served: contextlib.AbstractAsyncContextManager[str], ready: Callable[[str], Any]) -> None:
+    asked = asyncio.ensure_future(_asked_to_end())
+    entering = asyncio.ensure_future(served.__aenter__())
+    # Loading can take minutes: who asks to end meanwhile does not wait for it.
+    await asyncio.wait((asked, entering), return_when=asyncio.FIRST_COMPLETED)
+    if not entering.done():
+        entering.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await entering
+        return
+    try:
+        ready(entering.result())
+        await asked
+    finally:
+        asked.cancel()
+        if entering.exception() is None:
+            await served.__aexit__(None, None, None)
+
+
+async def _asked_to_end() -> None:
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         with contextlib.suppress(NotImplementedError):  # Windows
             loop.add_signal_handler(number, stop.set)
-    async with running(upstream, options) as url:
-        ready(url)
-        await stop.wait()
+    await stop.wait()
 
 
 def _say(url: str) -> None:

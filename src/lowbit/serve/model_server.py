@@ -1,0 +1,209 @@
+"""The model's server that ``lowbit serve ARTIFACT`` starts: llama.cpp's, with what belongs to the artifact.
+
+What is not said comes from the release set's lock (template, drafter, projector), from the plan (the longest context
+that fits the memory) and from llama-server's own habits (four slots that share one cache).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lowbit import console, plan
+from lowbit.checkpoint import resolve
+from lowbit.checkpoint.gguf_file import GgufFile
+from lowbit.errors import BadFile, BadOption, LowbitError, NotFound
+from lowbit.release import lock as locks
+from lowbit.run import _kv_types
+from lowbit.run.llama_server import LlamaServer
+from lowbit.units import format_bytes
+
+_SLOTS = 4  # as llama-server's --parallel auto
+_MARGIN = 1 << 30  # bytes left to others, as llama-server's --fit-target
+_RESTARTS, _WITHIN = 5, 600.0  # so often within so many seconds
+_CONTROL = 3  # tokenizer.ggml.token_type of a control token
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """How llama.cpp's server is started; None leaves it to the lock, the plan or llama.cpp.
+
+    context:   tokens of all slots together; None is the longest that fits
+    slots:     requests at a time, which share one cache unless kv_unified is False
+    kv_type:   of the cache, or two as K:V
+    threads, drafter, mmproj, template, llama_server: as run.llama_server has them
+    """
+
+    context: int | None = None
+    slots: int | None = None
+    kv_type: str = "f16"
+    kv_unified: bool | None = None
+    swa_full: bool = False
+    threads: int | None = None
+    drafter: Path | None = None
+    mmproj: Path | None = None
+    template: Path | None = None
+    llama_server: str | None = None
+
+
+def artifact(model: str | Path) -> Path:
+    """The GGUF to serve: a file, the product of a run folder, what a lock names, a packaged model.
+
+    Raises NotFound, BadFile.
+    """
+    path = resolve(model)
+    if path.is_file():
+        return path
+    if (path / locks.LOCK_NAME).is_file():
+        named = [m for m in locks.read(path / locks.LOCK_NAME).of("artifact") if m.container == "gguf"]
+        if len(named) == 1:
+            return path / named[0].path
+    found = sorted(p for p in path.glob("*.gguf") if p.name.startswith("model-")) or sorted(path.glob("*.gguf"))
+    if len(found) != 1:
+        raise NotFound(
+            "no one GGUF to serve", where=path, found=", ".join(p.name for p in found)[:200] or "none",
+            expected="one", hint="Name the file, or pack the checkpoint first: lowbit pack",
+        )  # fmt: skip
+    return found[0]
+
+
+def settled(path: Path, options: ModelOptions) -> ModelOptions:
+    """The options with what the lock beside the artifact names, and a context that fits.
+
+    Raises BadFile (a lock that is stale), NotFound, BadOption (not even a small context fits).
+    """
+    lock = path.parent / locks.LOCK_NAME
+    if lock.is_file():
+        options = _from_lock(path, locks.read(lock), options)
+    for name in ("drafter", "mmproj", "template"):
+        given = getattr(options, name)
+        if given is not None and not given.is_file():
+            raise NotFound(f"no such file for {name}", where=given)
+    slots = options.slots or _SLOTS
+    unified = options.kv_unified if options.kv_unified is not None else options.slots is None or options.slots > 1
+    options = replace(options, slots=slots, kv_unified=unified)
+    return options if options.context is not None else replace(options, context=fitting(path, options))
+
+
+def fitting(path: Path, options: ModelOptions) -> int:
+    """The longest context, of the trained one and its halves, with which the plan leaves a GiB of memory free."""
+    types = _kv_types.parse(options.kv_type)
+    free = available_bytes()
+    with plan.open_model(path) as model:
+        asked = plan.PlanOptions(
+            slots=options.slots, kv_unified=options.kv_unified, swa_full=options.swa_full, kv_type_k=types.k,
+            kv_type_v=types.v, drafter=options.drafter, mmproj=options.mmproj,
+        )  # fmt: skip
+        first = plan.plan_open(model, asked)
+        context, total = int(first.settings["context"]), first.total_bytes
+        while free is not None and total > free - _MARGIN:
+            context //= 2
+            if context < 256:
+                raise BadOption(
+                    "the model does not fit the memory", where=path, found=f"{format_bytes(free)} free",
+                    expected=f"{format_bytes(total + _MARGIN)} with a context of {context * 2}",
+                    hint="lowbit plan says what would fit",
+                )  # fmt: skip
+            total = plan.plan_open(model, replace(asked, context=context)).total_bytes
+    return context
+
+
+def control_tokens(path: Path) -> list[str]:
+    """Spellings of the model's control tokens."""
+    values = GgufFile(path).values
+    tokens, types = values.get("tokenizer.ggml.tokens"), values.get("tokenizer.ggml.token_type")
+    if not isinstance(tokens, list) or not isinstance(types, list):
+        return []
+    return [t for t, kind in zip(tokens, types, strict=False) if kind == _CONTROL and isinstance(t, str) and len(t) > 1]
+
+
+def available_bytes() -> int | None:
+    """Memory that a new process can have without others being swapped out; None where the system does not say."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+class ModelServer:
+    """The server, kept running: started again when its process ends, five times in ten minutes at most.
+
+    on_start: called with its URL, up to and with /v1, each time it answers
+    """
+
+    def __init__(self, path: Path, options: ModelOptions, on_start: Callable[[str], Any]) -> None:
+        self._path, self._options, self._on_start = path, options, on_start
+        self._server: LlamaServer | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._started: list[float] = []
+
+    async def start(self) -> None:
+        """Raises RuntimeFailed, BadFile, ... where it does not come up."""
+        await self._start()
+        self._watch = asyncio.create_task(self._keep())
+
+    async def close(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watch
+        if self._server is not None:
+            await asyncio.to_thread(self._server.close)
+
+    @property
+    def server(self) -> LlamaServer | None:
+        return self._server
+
+    async def _start(self) -> None:
+        o = self._options
+        assert o.context is not None and o.slots is not None
+        self._started.append(time.monotonic())
+        self._server = await asyncio.to_thread(
+            LlamaServer, self._path, context=o.context, slots=o.slots, kv_unified=bool(o.kv_unified),
+            kv_type=o.kv_type, swa_full=o.swa_full, threads=o.threads, drafter=o.drafter, mmproj=o.mmproj,
+            template=o.template, llama_server=o.llama_server, alias=self._path.stem,
+        )  # fmt: skip
+        self._on_start(self._server.url)
+
+    async def _keep(self) -> None:
+        while True:
+            await asyncio.sleep(0.5)
+            server = self._server
+            if server is None or server.alive():
+                continue
+            last = next((line for line in reversed(server.log_tail()) if line.strip()), "")
+            console.log(f"The model's server ended; starting it again. Its last words: {last[-300:]}")
+            await asyncio.to_thread(server.close)
+            self._server = None
+            now = time.monotonic()
+            self._started = [t for t in self._started if now - t < _WITHIN]
+            if len(self._started) > _RESTARTS:
+                console.log(f"It ended {_RESTARTS} times in {_WITHIN / 60:.0f} minutes; it is not started again")
+                return
+            try:
+                await self._start()
+            except LowbitError as error:
+                console.log(f"It does not come up: {error}")
+                return
+
+
+def _from_lock(path: Path, lock: locks.Lock, options: ModelOptions) -> ModelOptions:
+    if path.name not in {member.path for member in lock.of("artifact")}:
+        return options
+    for name, role in (("drafter", "drafter"), ("mmproj", "projector"), ("template", "chat_template")):
+        for member in lock.of(role):
+            usable = member.container == ("text" if role == "chat_template" else "gguf")
+            file = path.parent / member.path
+            if not usable or getattr(options, name) is not None:
+                continue
+            if not file.is_file() or file.stat().st_size != member.size:
+                raise BadFile("not what the lock names", where=file, hint="`lowbit check` says what is out of step")
+            changed: Any = {name: file}
+            options = replace(options, **changed)
+    return options
