@@ -8,9 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ import openai
 import psutil
 import pytest
 from pydantic import BaseModel
+from served_model import Served
 
 WEATHER = {
     "type": "function",
@@ -32,52 +30,6 @@ QUESTION = [{"role": "user", "content": "What is the weather in Rome?"}]
 class Person(BaseModel):
     name: str
     age: int
-
-
-class Served:
-    """A `lowbit serve` process."""
-
-    def __init__(self, *words: object) -> None:
-        command = [sys.executable, "-m", "lowbit", "serve", *map(str, words), "--port", "0", "--threads", "1"]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        self.said: list[str] = []
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.said.append(line)
-            if line.startswith("Serving on "):
-                self.url = line.split()[2].rstrip(".")
-                return
-        raise AssertionError("".join(self.said))
-
-    def children(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
-
-    def health(self) -> int:
-        try:
-            with urllib.request.urlopen(self.url.removesuffix("/v1") + "/health", timeout=10) as response:
-                return int(response.status)
-        except urllib.error.HTTPError as error:
-            return error.code
-
-    def end(self, number: int = signal.SIGTERM) -> int:
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-        return self.process.wait(30)
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[Served]:
-    server = Served("smollm2-135m", "--ctx", "2048", "--slots", "2")
-    yield server
-    assert server.end() == 0
-    assert server.process.stderr is not None
-    server.process.stderr.close()
-
-
-@pytest.fixture
-def client(served: Served) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=served.url, api_key="-", max_retries=0, timeout=120) as found:
-        yield found
 
 
 def test_chat_whole_and_streamed(client: openai.OpenAI) -> None:
