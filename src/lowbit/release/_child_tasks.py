@@ -14,7 +14,7 @@ from lowbit.release.child import answer
 
 def load_projector(model: str, mmproj: str) -> str:
     """Loads a model with its mmproj and encodes a picture; what came of it, in words. Raises RuntimeFailed."""
-    from lowbit.run.llama_cpp_vision import LlamaCppVision
+    from lowbit.run.vision.llama_cpp import LlamaCppVision
 
     with LlamaCppVision(model, mmproj, context=256, threads=1, logits_all=False, trusted=True) as opened:
         if not opened.sees:

@@ -45,7 +45,7 @@ _THOUGHT = {"role": "assistant", "content": "It is 4.", "reasoning_content": "Tw
 _PICTURE = {"role": "user", "content": [{"type": "text", "text": "What is this?"}, {"type": "image"}]}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Conversation:
     """One conversation. kind: 'plain', or what a template must know to render it: 'system', 'tools', 'thinking',
     'images'. variables: what the template reads beside (enable_thinking)."""
@@ -56,6 +56,11 @@ class Conversation:
     tools: list[dict[str, Any]] | None = None
     variables: dict[str, Any] = field(default_factory=dict)
     prompts: tuple[bool, ...] = (True,)  # with and without the beginning of an answer
+
+    @property
+    def is_continued(self) -> bool:
+        """Whether an answer stands at its end, which llama.cpp goes on with instead of ending it."""
+        return self.messages[-1]["role"] == "assistant"
 
     def with_objects(self) -> list[dict[str, Any]]:
         """The messages with a call's arguments as an object, as Hugging Face's convention has them."""
