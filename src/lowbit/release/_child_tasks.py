@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,22 @@ def load_projector(model: str, mmproj: str) -> str:
         return f"a picture of 96 x 96 became {n} tokens"
 
 
-TASKS = {"load_projector": load_projector}
+def logits(artifacts: list[str], reference: str | None, ids: list[int]) -> list[dict[str, float]]:
+    """For each artifact, its runtime's logits of a sequence against transformers' on the artifact's own values; see
+    parity.py. Raises LowbitError."""
+    from lowbit.release import parity
+
+    return parity.compare([Path(path) for path in artifacts], Path(reference) if reference else None, ids)
+
+
+def draft(model: str, drafter: str, prompts: list[str], n: int) -> dict[str, float]:
+    """What a drafter brings; see drafting.py. Raises LowbitError."""
+    from lowbit.release import drafting
+
+    return drafting.measure(Path(model), Path(drafter), prompts, n)
+
+
+TASKS: dict[str, Callable[..., Any]] = {"load_projector": load_projector, "logits": logits, "draft": draft}
 
 
 def main() -> None:

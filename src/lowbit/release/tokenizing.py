@@ -11,6 +11,8 @@ from typing import Any
 
 from lowbit.errors import BadFile, NotFound
 from lowbit.release.members import Member
+from lowbit.run._hf_tokenizer import load_tokenizer
+from lowbit.run.base import first_line
 
 # (text, whether BOS and the like go around it) -> ids; the text's special tokens are read as such.
 Tokenize = Callable[[str, bool], list[int]]
@@ -26,15 +28,8 @@ def version(package: str) -> str | None:
 def load_transformers(folder: Path) -> Any:
     """The folder's AutoTokenizer; nothing of the folder is run and nothing fetched. Raises NotFound where transformers
     is not installed, BadFile where it cannot load the files."""
-    if version("transformers") is None:
-        raise NotFound("transformers is not installed", hint="Run: pip install 'lowbit[train]'")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError, tokenizers' own Exception, ...
-        raise BadFile("transformers cannot load the tokenizer", where=folder, found=_first_line(error)) from error
+    return load_tokenizer(folder)
 
 
 def load_mlx(folder: Path) -> Any:
@@ -46,7 +41,7 @@ def load_mlx(folder: Path) -> Any:
     try:
         return load(folder)
     except Exception as error:
-        raise BadFile("mlx-lm cannot load the tokenizer", where=folder, found=_first_line(error)) from error
+        raise BadFile("mlx-lm cannot load the tokenizer", where=folder, found=first_line(error)) from error
 
 
 def by_encode(tokenizer: Any) -> Tokenize:
@@ -69,8 +64,3 @@ def opened(member: Member) -> Iterator[tuple[str, str, Tokenize]]:
         yield "mlx-lm", str(version("mlx-lm")), by_encode(load_mlx(member.path))
     else:
         yield "transformers", str(version("transformers")), by_encode(load_transformers(member.path))
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

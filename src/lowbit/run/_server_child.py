@@ -134,4 +134,7 @@ def _add_drafter(xllamacpp: Any, params: Any, job: dict[str, Any]) -> None:
         draft.n_max = job["draft_tokens"]
     for pool in (draft.cpuparams, draft.cpuparams_batch):
         pool.n_threads = job["threads"]
-    params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
+    kinds = xllamacpp.common_speculative_type
+    params.speculative.types = [
+        getattr(kinds, f"COMMON_SPECULATIVE_TYPE_{job['draft_type'].upper().replace('-', '_')}")
+    ]

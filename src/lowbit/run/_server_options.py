@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowbit.checkpoint.gguf_file import read_fields
 from lowbit.errors import BadOption, NotFound
 from lowbit.run import _kv_types
 from lowbit.run.base import check_sizes
@@ -87,6 +88,7 @@ class ServerOptions:
         paths = {name: _text(getattr(self, name)) for name in ("drafter", "mmproj", "template", "slot_folder")}
         plain = {name: getattr(self, name) for name in _PLAIN}
         more = {"alias": self.alias or model.name, "port": self.port, "threads": threads}
+        more["draft_type"] = _draft_type(self.drafter)
         return {"model": os.fspath(model), "type_k": types.k, "type_v": types.v, **plain, **paths, **more}
 
     def arguments(self, model: Path, threads: int, port: int) -> list[str]:
@@ -113,7 +115,8 @@ class ServerOptions:
         words += ["--swa-full"] if self.swa_full else []
         words += ["-kvu"] if self.kv_unified else ["-no-kvu"]
         for flag, value in (
-            ("-md", self.drafter), ("--spec-draft-n-max", self.draft_tokens), ("-mm", self.mmproj),
+            ("-md", self.drafter), ("--spec-type", _draft_type(self.drafter)),
+            ("--spec-draft-n-max", self.draft_tokens), ("-mm", self.mmproj),
             ("--chat-template-file", self.template), ("--slot-save-path", self.slot_folder),
             ("--reasoning-format", self.reasoning),
         ):  # fmt: skip
@@ -125,6 +128,14 @@ _PLAIN = (
     "context", "slots", "batch", "ubatch", "flash_attention", "swa_full", "kv_unified", "draft_tokens", "reasoning",
     "verbosity",
 )  # fmt: skip
+
+
+def _draft_type(drafter: str | os.PathLike[str] | None) -> str | None:
+    """llama.cpp's word for how a drafter works: reading its target's cache (Gemma 4's), or as a model of its own."""
+    if drafter is None:
+        return None
+    values = {field.key: field.value for field in read_fields(Path(drafter))}
+    return "draft-mtp" if str(values.get("general.architecture")).endswith("-assistant") else "draft-simple"
 
 
 def _text(path: str | os.PathLike[str] | None) -> str | None:

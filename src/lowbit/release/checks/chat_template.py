@@ -22,8 +22,12 @@ from lowbit.release.tokenizing import version
 
 # llama.cpp tells every template to think and which day it is, transformers tells none: both are told the same here.
 _VARIABLES = {"enable_thinking": False, "date_string": "1 Jan 2026"}
-_ADVICE = "Take the chat template of the model's release: convert the artifact again, or give it with --chat-template-file"
-_ENGINE_ADVICE = "llama.cpp's engine renders this template in another way: simplify what it trips over, or report it there"
+_ADVICE = (
+    "Take the chat template of the model's release: convert the artifact again, or give it with --chat-template-file"
+)
+_ENGINE_ADVICE = (
+    "llama.cpp's engine renders this template in another way: simplify what it trips over, or report it there"
+)
 _CONTEXT = 512
 
 
@@ -90,7 +94,9 @@ class ChatTemplate(Check):
     def _in_jinja(self, reference: str, source: str, member: Member, found: Findings) -> None:
         """Two sources that differ may yet render the same."""
         ours, theirs = (_rendered(template, "<bos>", "<eos>") for template in (reference, source))
-        wrong = [f"{case}: {_difference(ours[case], theirs[case])}" for case in CASES if _differ(ours[case], theirs[case])]
+        wrong = [
+            f"{case}: {_difference(ours[case], theirs[case])}" for case in CASES if _differ(ours[case], theirs[case])
+        ]
         if wrong:
             found.problem(f"{member} has another chat template: {shortened(wrong, 2)}", _ADVICE)
         else:
@@ -120,7 +126,15 @@ class ChatTemplate(Check):
         return len(seen)
 
     def _compare(
-        self, source: str, bos: str, eos: str, member: Member, render: Callable[..., str], found: Findings, *, sees: bool
+        self,
+        source: str,
+        bos: str,
+        eos: str,
+        member: Member,
+        render: Callable[..., str],
+        found: Findings,
+        *,
+        sees: bool,
     ) -> None:
         """The template in jinja and in ``render``, of every conversation that it knows how to render."""
         cases = [c for c in CASES if not c.conversation.is_continued and (c.conversation.kind != "images" or sees)]
@@ -141,14 +155,20 @@ class ChatTemplate(Check):
                 continue
             compared.append(case)
             if not any(_same(text, ours, bos) for ours in accepted):
-                wrong.append(f"{case}: {_difference(Rendered(kind='text', text=accepted[0]), Rendered(kind='text', text=text))}")
+                wrong.append(
+                    f"{case}: {_difference(Rendered(kind='text', text=accepted[0]), Rendered(kind='text', text=text))}"
+                )
         if wrong:
             found.problem(f"{member}: llama.cpp renders it in another way: {shortened(wrong, 2)}", _ENGINE_ADVICE)
             return
         kinds = sorted({case.conversation.kind for case in compared})
         found.note(f"{member}: {len(compared)} renderings in llama.cpp ({', '.join(kinds)})")
         thinks = _plain(render)
-        if thinks is not None and as_objects[CASES[0]].text != thinks and not _same(thinks, as_objects[CASES[0]].text, bos):
+        if (
+            thinks is not None
+            and as_objects[CASES[0]].text != thinks
+            and not _same(thinks, as_objects[CASES[0]].text, bos)
+        ):
             found.note("llama-server thinks unless it is told not to (enable_thinking)")
 
 
@@ -184,7 +204,9 @@ def _openai(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for message in messages:
         content = message.get("content")
         if isinstance(content, list):
-            parts = [{"type": "image_url", "image_url": {"url": _picture()}} if p["type"] == "image" else p for p in content]
+            parts = [
+                {"type": "image_url", "image_url": {"url": _picture()}} if p["type"] == "image" else p for p in content
+            ]
             message = message | {"content": parts}
         found.append(message)
     return found
@@ -203,7 +225,16 @@ def _picture() -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
-_MEDIA = ("<__media__>", "<start_of_image>", "<|image|>", "<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<image>", "[IMG]")
+_MEDIA = (
+    "<__media__>",
+    "<start_of_image>",
+    "<|image|>",
+    "<|image_pad|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<image>",
+    "[IMG]",
+)
 
 
 def _without_media(text: str) -> str:
@@ -261,7 +292,6 @@ def _has_tokenizer(folder: Path) -> bool:
 def _spelled(values: Any, end: str) -> str:
     tokens, i = tokens_of(values), values.get(f"{PREFIX}{end}_token_id")
     return tokens[i] if isinstance(i, int) and 0 <= i < len(tokens) else ""
-
 
 
 CHECK = ChatTemplate

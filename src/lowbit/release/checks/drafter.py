@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from lowbit.errors import LowbitError
-from lowbit.release import vocabularies
+from lowbit.measure.statistics import wilson
+from lowbit.release import child, drafting, vocabularies
 from lowbit.release.checks.base import Check, Findings, NotApplicable, shortened
 from lowbit.release.expected import PREFIX, tokens_of
 from lowbit.release.members import Member
 from lowbit.release.release_set import TEXT_MODELS, ReleaseSet
 from lowbit.release.settings import Settings, settings_of
+from lowbit.release.tokenizing import version
 
+_TOKENS = 48
 _MOST_EXTRA = 128  # tokens that llama.cpp lets the two differ by at the end (SPEC_VOCAB_MAX_SIZE_DIFFERENCE)
 _ADVICE = "Take the drafter that was made for this model"
 _SHARES_CACHE = "-assistant"  # a drafter that reads its target's keys and values
@@ -35,6 +38,28 @@ class Drafter(Check):
         with found.problems_of(drafter, _ADVICE):
             self._vocabulary(release, target, drafter, found)
             self._shapes(release, target, drafter, found)
+            if not found.problems and not found.quick:
+                self._measure(target, drafter, found)
+
+    def _measure(self, target: Member, drafter: Member, found: Findings) -> None:
+        """In a child: llama.cpp aborts on some pairs."""
+        if target.container != "gguf" or drafter.container != "gguf":
+            found.note("not measured: llama.cpp drafts with two GGUFs")
+            return
+        found.runtimes["llama.cpp"] = f"xllamacpp {version('xllamacpp')}"
+        said = child.call(
+            "draft", model=str(target.path), drafter=str(drafter.path), prompts=list(drafting.PROMPTS), n=_TOKENS
+        )
+        share = said["accepted"] / said["drafted"]
+        faster = said["helped"] / said["alone"]
+        low, high = wilson(int(said["accepted"]), int(said["drafted"]))
+        found.note(
+            f"{100 * share:.0f}% [{100 * low:.0f}, {100 * high:.0f}] of {said['drafted']:.0f} drafted tokens accepted, "
+            f"{faster:.2f}x the speed ({said['helped']:.0f} against {said['alone']:.0f} tokens a second, "
+            f"{len(drafting.PROMPTS)} prompts of {_TOKENS} tokens, on this machine)"
+        )
+        if faster < 1:
+            found.note("slower than without it here")
 
     def _vocabulary(self, release: ReleaseSet, target: Member, drafter: Member, found: Findings) -> None:
         ours, theirs = (tokens_by_id(release, member) for member in (target, drafter))
