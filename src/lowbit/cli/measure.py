@@ -7,7 +7,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from lowbit.cli import output
+from lowbit.cli import long_measurements, output
 from lowbit.cli.training import positive, whole
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all it may use)")
     parser.add_argument("--no-speed", action="store_true", help="leave out speed and memory")
     _add_task_arguments(parser)
+    long_measurements.add_arguments(parser)
     output.add_json(parser)
 
 
@@ -105,7 +106,9 @@ def run(args: argparse.Namespace) -> int:
         speed=costs,
         memory=costs,
         cache_error=args.cache_error,
+        **long_measurements.options(args),
     )
+    file = None if args.json == "-" else args.json
     with output.results_only():
         measured = measure(
             args.artifacts,
@@ -113,9 +116,10 @@ def run(args: argparse.Namespace) -> int:
             text=args.text,
             reference_cache=args.reference_cache,
             tasks=_task_options(args),
+            json=file,
             options=options,
         )
-    if args.json:
+    if args.json == "-":
         output.write_result(measured, args.json)
     if args.json != "-":
         from lowbit.report import terminal  # type: ignore[attr-defined]

@@ -16,11 +16,14 @@ import numpy as np
 
 from lowbit import console, files, verbs
 from lowbit.errors import BadOption
-from lowbit.measure import fidelity, opening, passes
+from lowbit.measure import fidelity, long, opening, passes
 from lowbit.measure.bootstrap import Bootstrap
+from lowbit.measure.kv import KvOptions
 from lowbit.measure.pairs import pairs, perplexity_against
 from lowbit.measure.record import Figure, machine
+from lowbit.measure.retrieval import RetrievalOptions
 from lowbit.measure.sketch import Divergence
+from lowbit.measure.slot_speed import SpeedOptions
 from lowbit.measure.speed import probe
 from lowbit.measure.tasks import TaskOptions, open_tasks
 from lowbit.measure.tasks import model_of as task_model
@@ -43,6 +46,9 @@ class MeasureOptions:
     prompt_tokens, generate_tokens: its lengths; the prompt is at most a chunk
     resamples, seed: of the bootstrap
     cache_error:   nats that a reference cache may add to the mean KLD; the result says where its bound is larger
+    kv, retrieval, speed_at: what else to measure, by the options of it: KV cache types, facts to find in long texts,
+                   speed against context depth and slot count
+    minutes:       for those, in equal parts; None means all that their options ask for
     """
 
     chunk: int = 512
@@ -59,6 +65,10 @@ class MeasureOptions:
     resamples: int = 1000
     seed: int = 0
     cache_error: float = 0.001
+    kv: KvOptions | None = None
+    retrieval: RetrievalOptions | None = None
+    speed_at: SpeedOptions | None = None
+    minutes: float | None = None
 
     def __post_init__(self) -> None:
         least = {"chunk": 4, "chunks": 1, "threads": 1, "repeats": 2, "prompt_tokens": 1, "generate_tokens": 1}
@@ -68,6 +78,8 @@ class MeasureOptions:
                 raise BadOption(f"impossible {name}", found=value, expected=f"at least {smallest}")
         if not 0 < self.cache_error < float("inf"):
             raise BadOption("impossible cache_error", found=self.cache_error, expected="nats, more than 0")
+        if self.minutes is not None and not 0 < self.minutes < float("inf"):
+            raise BadOption("impossible minutes", found=self.minutes, expected="above 0")
 
 
 def measure(
@@ -90,15 +102,16 @@ def measure(
     reference_cache: a file that keeps what the reference says of the text, made where it is not there; with one that
                is, ``against`` may be left out. The KLD is then an estimate (see ``sketch``)
     tasks:     sets of questions to put to all of them, the reference included where there is one
-    json:      where to write the result as well
+    json:      where to write the result as well; with the long measurements (options.kv, ...), what is finished
+               is kept in <json>.work until then, and the same call goes on from there after a kill
 
     Returns {"format", "artifacts": [{"path", "runtime": {"name", "version"}, "sha256", "size_bytes",
     "bits_per_weight", "fidelity", "memory", "speed"}], "reference": {...}, "pairs": [...], "text", "machine",
     "options", "tasks"}. Each figure is {"value", "low", "high", "unit", "n"}, low to high the 95% interval; "fidelity"
     has fidelity.figures(), "pairs" has pairs.pairs() for every two artifacts, the earlier as "baseline", with a
     "verdict" on each difference; with a cache an artifact has "kld_from_cache": {"error", "confidence", "certain_low",
-    "certain_high", "asked", "within"}; "tasks" is what measure.tasks.run() returns. The same inputs give the same
-    figures, but for speed and memory.
+    "certain_high", "asked", "within"}; "tasks" is what measure.tasks.run() returns, "kv", "retrieval" and "speed"
+    what long.measure() does. The same inputs give the same figures, but for speed and memory.
 
     A difference below about 0.005 nats of mean KLD may be the runtime's own: llama.cpp rounds activations to 8 bits
     against quantized weights, and a change of kernel alone moves SmolLM2-135M by that much.
@@ -110,12 +123,14 @@ def measure(
     listed = [artifacts] if isinstance(artifacts, str | os.PathLike) else list(artifacts)
     if not listed:
         raise BadOption("no artifact was given", expected="at least one file or folder")
-    if text is None and tasks is None:
+    if text is None and tasks is None and options.speed_at is None:
         raise BadOption("nothing to measure", expected="a text (--text), tasks (--tasks), or both")
     if text is not None and against is None and reference_cache is None:
         raise BadOption("a text needs a reference", expected="--against, or a --reference-cache that is there")
     if text is None and reference_cache is not None:
         raise BadOption("a reference cache is of a text", expected="--text")
+    if (options.kv or options.retrieval) and (text is None or against is None):
+        raise BadOption("KV caches and retrieval are measured on a text", expected="--text and --against")
     questions = open_tasks(tasks) if tasks is not None else []
     opened = [opening.artifact(target, options) for target in listed]
     cache = Path(reference_cache) if reference_cache is not None else None
@@ -123,19 +138,23 @@ def measure(
         reference = None
         if against is not None:
             reference = stack.enter_context(opening.reference(against, opened[0], options))
+        journal = stack.enter_context(long.journal(opened, reference, text, json, options))
         name = str(against) if against is not None else None
         if text is not None:
-            result = _measure(opened, reference, name, Path(text), cache, options)
+            path = Path(text)
+            result = journal.cell("fidelity", lambda: _measure(opened, reference, name, path, cache, options))
         else:
             result = _described(opened, reference, str(against), options)
+        result = {**result, **long.measure(opened, reference, None if text is None else Path(text), options, journal)}
         if tasks is not None:
             models = [
                 *([(reference, result["reference"])] if reference else []),
                 *zip(opened, result["artifacts"], strict=True),
             ]
             result["tasks"] = run_tasks(questions, [task_model(a, entry, tasks) for a, entry in models], tasks)
-    if json is not None:
-        files.write_json(json, result)
+        if json is not None:
+            files.write_json(json, result)
+        journal.finish()
     return result
 
 

@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowbit.report import task_tables, verdicts, view
-from lowbit.report.figures import MISSING, Figure, mapping, number, sequence, text
+from lowbit.report import long_tables, long_view, task_tables, verdicts, view
+from lowbit.report.figures import MISSING, mapping, number, sequence, text
+from lowbit.report.tables import cell as _cell
+from lowbit.report.tables import new_table as _table
+from lowbit.report.tables import plain as _plain
 from lowbit.units import format_bytes
 
 
@@ -33,6 +35,7 @@ def show(record: Mapping[str, Any], stream: IO[str]) -> None:
         console.print(_plain(f"certificate: {seen.proved} blocks are what training ended on, bit for bit"))
     for line in seen.left_out:
         console.print(_plain(line))
+    long_tables.show(console, seen.long)
 
 
 def show_measurement(measured: Mapping[str, Any], stream: IO[str]) -> None:
@@ -42,6 +45,7 @@ def show_measurement(measured: Mapping[str, Any], stream: IO[str]) -> None:
     _print_verdicts(console, verdicts.of(dict(measured)))
     for line in verdicts.of_cache(dict(measured)):
         console.print(_plain(line))
+    long_tables.show(console, long_view.build(measured))
     task_tables.show(console, dict(measured))
 
 
@@ -115,25 +119,6 @@ def _print_verdicts(console: Console, listed: list[verdicts.Compared]) -> None:
             style = "dim" if v.verdict == verdicts.NO_DIFFERENCE else "bold"
             table.add_row(v.what, difference, Text(v.verdict, style=style), v.smallest or MISSING)
         console.print(table)
-
-
-def _cell(figure: Figure | None) -> Text:
-    if figure is None:
-        return Text(MISSING)
-    return Text(figure.short, style="bold").append(f"\n{figure.interval}", style="not bold dim")
-
-
-def _table(first: str, *others: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold")
-    table.add_column(_plain(first), no_wrap=bool(others[1:]))
-    for name in others:
-        table.add_column(_plain(name), justify="right", no_wrap=True)
-    return table
-
-
-def _plain(value: str) -> Text:
-    """Text from a record: no markup, and no control characters to steer the terminal with."""
-    return Text("".join(c if c.isprintable() else " " for c in value))
 
 
 def _console(stream: IO[str]) -> Console:

@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lowbit.report import verdicts
+from lowbit.report import long_view, verdicts
 from lowbit.report.figures import Figure, figure, mapping, number, sequence, text
 from lowbit.units import format_bytes, format_duration, format_share
 
@@ -112,6 +112,7 @@ class View:
     options: list[tuple[str, str]]
     stages: list[tuple[str, str]]
     grids: list[tuple[str, str]]
+    long: long_view.LongView
     left_out: list[str] = field(default_factory=list)
 
     def artifact(self, role: str) -> Artifact | None:
@@ -179,6 +180,7 @@ def build(record: dict[str, Any], run_dir: Path) -> View:
             if (seconds := number(stage.get("seconds"))) is not None
         ],
         grids=_grids(mapping(record.get("grids"))),
+        long=long_view.build(measured),
         left_out=left_out,
     )
 

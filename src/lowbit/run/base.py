@@ -166,6 +166,28 @@ class Runtime(abc.ABC):
         """
         self._cannot("does not give the logits of the whole vocabulary")
 
+    def logits_of(
+        self, tokens: Sequence[int] | np.ndarray, spans: Sequence[tuple[int, int]]
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """As logits(), for the positions within ``spans`` only: (first, end) of each, ascending and apart."""
+        for offset, rows in self.logits(tokens, spans[0][0]):
+            for first, end in spans:
+                inside = rows[max(0, first - offset) : max(0, end - offset)]
+                if len(inside):
+                    yield max(first, offset), inside
+
+    def beside(self, *, kv_type: str) -> Self:
+        """The same loaded weights with a KV cache of another type, in the runtime's own names.
+
+        Closing it leaves this model open; closing this one closes it. Raises BadOption for a type the runtime lacks.
+        """
+        self._cannot("has one kind of KV cache")
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """Bytes that the KV cache holds now; None where the runtime does not say."""
+        return None
+
     def reset(self) -> None:
         """Forgets the sequence: the next token is the first."""
         self._cannot("keeps no sequence to go on with")

@@ -119,11 +119,7 @@ class LlamaCpp(Runtime):
         self._besides: weakref.WeakSet[LlamaCpp] = weakref.WeakSet()
 
     def beside(self, *, kv_type: str, flash_attention: bool | None = None) -> Self:
-        """The same loaded weights with a context of their own, whose cache is of another type.
-
-        It takes the memory of a context, not that of a model. Closing it leaves this model open; closing this one
-        closes it. Raises BadOption, RuntimeFailed.
-        """
+        """As Runtime.beside: it takes the memory of a context, not that of a model."""
         self._open_model()
         _check_options(self.context, self.ubatch, self.threads, kv_type, flash_attention)
         twin = copy.copy(self)
@@ -293,7 +289,6 @@ class LlamaCpp(Runtime):
     def logits_of(
         self, tokens: Sequence[int] | np.ndarray, spans: Sequence[tuple[int, int]]
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """As logits(), for the positions within ``spans`` only: (first, end) of each, ascending and apart."""
         if not self.logits_all:
             raise BadOption("this model was opened with logits_all=False", where=self.path)
         ids = self._fitting(tokens)

@@ -6,22 +6,24 @@ CPU kernels add up in 16 bits too; ``dtype="float32"`` computes on the same weig
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from lowbit.checkpoint import safetensors_file
 from lowbit.checkpoint.model import read_json
-from lowbit.errors import BadConfig, BadFile, BadOption, NotFound, RuntimeFailed
+from lowbit.errors import BadConfig, BadFile, BadOption, NotFound, RuntimeFailed, Unsupported
 from lowbit.run import _looks
 from lowbit.run._hf_tokenizer import HfTokenized
 from lowbit.run.base import Suits, check_sizes, first_line
 
 DTYPES = ("float32", "float16", "bfloat16")
+_KV_BITS, _KV_GROUPS = ("2", "3", "4", "5", "6", "8"), ("32", "64", "128")
 
 
 class Mlx(HfTokenized):
@@ -73,9 +75,28 @@ class Mlx(HfTokenized):
         self.threads = 1
         self._model: Any = self._load(dtype)
         self._cache: Any = None  # of the sequence that feed() goes on with
+        self._parent: Mlx | None = None
+        self._kv: tuple[int, int] | None = None  # bits and group size of the cache
         self.context: int = context or _size(config, "max_position_embeddings", self.path)
         self.n_vocab: int = _size(config, "vocab_size", self.path)
         self.ubatch = min(ubatch, self.context)
+
+    def beside(self, *, kv_type: str) -> Self:
+        """As Runtime.beside. kv_type: f16, which is the model's own dtype, or q<bits>_g<group size> (mlx-lm's --kv-bits
+        and --kv-group-size), for which a model with sliding windows has no room in mlx-lm."""
+        bits, _, group = kv_type.removeprefix("q").partition("_g")
+        if kv_type != "f16" and (kv_type[0] != "q" or bits not in _KV_BITS or group not in _KV_GROUPS):
+            expected = f"f16, or q<bits>_g<group size>, bits {', '.join(_KV_BITS)}, groups {', '.join(_KV_GROUPS)}"
+            raise BadOption("MLX has no such KV cache", found=kv_type, expected=expected)
+        twin = copy.copy(self)
+        twin._cache, twin._parent = None, self
+        twin._kv = None if kv_type == "f16" else (int(bits), int(group))
+        twin.reset()
+        return twin
+
+    @property
+    def cache_bytes(self) -> int | None:
+        return sum(layer.nbytes for layer in self._cache) if self._cache else None
 
     def close(self) -> None:
         self._model = self._cache = self._tokenizer = None
@@ -119,6 +140,13 @@ class Mlx(HfTokenized):
         from mlx_lm.models.cache import make_prompt_cache
 
         self._cache = make_prompt_cache(self._open_model())
+        if self._kv is not None:
+            bits, group = self._kv
+            try:
+                self._cache = [layer.to_quantized(group_size=group, bits=bits) for layer in self._cache]
+            except NotImplementedError as error:
+                what = "MLX does not quantize the KV cache of a sliding window"
+                raise Unsupported(what, where=self.path, found=error, expected="f16") from error
 
     def feed(self, ids: np.ndarray) -> np.ndarray:
         for begin in range(0, len(ids), self.ubatch):
@@ -156,7 +184,7 @@ class Mlx(HfTokenized):
         return self._model
 
     def _check_open(self) -> None:
-        if self._model is None:
+        if self._model is None or (self._parent is not None and self._parent._model is None):
             self._closed()
 
     def _fitting(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
