@@ -31,6 +31,7 @@ ORDER = (
     ("imatrix",),
     ("inspect",),
     ("serve",),
+    ("chat",),
     ("report",),
     ("ship",),
     ("cli",),

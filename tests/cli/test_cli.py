@@ -146,6 +146,11 @@ def test_chat_answers_and_an_interrupt_is_130() -> None:
     done = lowbit("chat", model_file(), "--prompt", "Say hello.", "--max-tokens", 12, "--threads", 1)
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
 
+    two = lowbit("chat", model_file(), model_file(), "--max-tokens", 4, "--threads", 1, input="Hello\n/reset\nHello\n")
+    blocks = two.stdout.strip().split("\n\n")
+    assert two.returncode == 0 and len(blocks) == 2 and blocks[0] == blocks[1], two.stderr
+    assert blocks[0].count("[A: ") == blocks[0].count("[B: ") == 1
+
     command = [sys.executable, "-m", "lowbit", "chat", str(model_file()), "--max-tokens", "4", "--threads", "1"]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

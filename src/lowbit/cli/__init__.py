@@ -31,7 +31,7 @@ VERBS = {
     "check": "does a release belong together: base, artifacts, tokenizer, template, drafter, projector",
     "serve": "an OpenAI-compatible endpoint that makes a small model reliable",
     "report": "make a run folder's report again and print it",
-    "chat": "talk to a packed file in the terminal",
+    "chat": "talk to one artifact in the terminal, or to two side by side",
 }
 
 INTERRUPTED = 130

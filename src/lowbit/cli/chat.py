@@ -1,15 +1,15 @@
-"""Talk to a packed file in llama.cpp, with the chat template it carries. An empty line or Ctrl-D ends the talk."""
+"""Talk to an artifact, or to two side by side (the reference and what ships). An empty line or Ctrl-D ends the talk."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 
 from lowbit.cli.training import positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="a GGUF")
+    parser.add_argument("first", metavar="A", help="a GGUF, a run folder, a packaged name, or the URL of a server")
+    parser.add_argument("second", metavar="B", nargs="?", help="another, asked the same beside it")
     parser.add_argument("--system", metavar="TEXT", help="a system message to begin with")
     parser.add_argument("--prompt", metavar="TEXT", help="ask once, print the answer and end")
     parser.add_argument("--context", type=positive, default=2048, metavar="N", help="tokens of context (default: 2048)")
@@ -17,29 +17,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all it may use)")
+    parser.add_argument("--without", metavar="LAYER", action="append", default=[], help="switch a harness layer off")
 
 
 def run(args: argparse.Namespace) -> int:
-    from lowbit.run.llama_cpp import LlamaCpp
+    from lowbit.chat import ChatOptions, chat
+    from lowbit.harness import HarnessOptions
 
-    messages = [{"role": "system", "content": args.system}] if args.system else []
-    with LlamaCpp(args.file, context=args.context, threads=args.threads, logits_all=False) as model:
-        while question := args.prompt if args.prompt is not None else _ask():
-            messages.append({"role": "user", "content": question})
-            answer = ""
-            pieces = model.chat(messages, max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed)
-            for piece in pieces:
-                answer += piece
-                print(piece, end="", flush=True)
-            print(flush=True)
-            messages.append({"role": "assistant", "content": answer})
-            if args.prompt is not None:
-                break
-    return 0
-
-
-def _ask() -> str:
-    """One line from the user; empty at the end of the input. The prompt sign appears on a terminal only."""
-    if sys.stdin.isatty():
-        print("> ", end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip()
+    options = ChatOptions(
+        system=args.system,
+        context=args.context,
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        seed=args.seed,
+        threads=args.threads,
+        harness=HarnessOptions.without(args.without),
+    )
+    targets = [args.first] if args.second is None else [args.first, args.second]
+    return 0 if chat(targets, prompt=args.prompt, options=options) else 3

@@ -56,21 +56,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from lowbit.errors import BadOption
-    from lowbit.harness import LAYERS, HarnessOptions
+    from lowbit.harness import HarnessOptions
     from lowbit.serve import ServeOptions, serve
     from lowbit.serve.model_server import ModelOptions
 
-    if unknown := sorted(set(args.without) - set(LAYERS)):
-        raise BadOption("unknown layer", found=unknown[0], expected=", ".join(LAYERS))
-    harness = HarnessOptions(
+    harness = HarnessOptions.without(
+        args.without,
         tries=args.tries,
         seconds=args.seconds,
         token_budget=args.token_budget,
         max_steps=args.max_steps,
         required=tuple(args.require),
         dialect=args.dialect,
-        layers=frozenset(LAYERS) - set(args.without),
     )
     options = ServeOptions(
         host=args.host,

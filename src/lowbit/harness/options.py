@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,14 @@ class HarnessOptions:
 
     def on(self, layer: str) -> bool:
         return layer in self.layers
+
+    @classmethod
+    def without(cls, layers: Iterable[str], **values: Any) -> HarnessOptions:
+        """All layers but these. Raises BadOption for one that there is not."""
+        off = frozenset(layers)
+        if unknown := sorted(off - set(LAYERS)):
+            raise BadOption("unknown layer", found=unknown[0], expected=", ".join(LAYERS))
+        return cls(layers=frozenset(LAYERS) - off, **values)
 
     @classmethod
     def read(cls, given: dict[str, Any], base: HarnessOptions) -> HarnessOptions:
