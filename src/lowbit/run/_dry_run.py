@@ -48,7 +48,8 @@ class ContextMemory:
 
 
 class DryRun:
-    """One child process that lays out models and contexts; a context manager.
+    """One child process that lays out models and contexts; a context manager. process_bytes: what a bare Python process
+    takes once the library is loaded.
 
     Raises RuntimeFailed where llama.cpp is missing or of another release.
     """
@@ -61,7 +62,11 @@ class DryRun:
             [sys.executable, "-c", _CHILD], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=self._errors, text=True, encoding="utf-8",
         )  # fmt: skip
-        self.process_bytes: int = self._ask("process", None)["peak_bytes"]
+        try:
+            self.process_bytes: int = self._ask("process", None)["bytes"]
+        except Unsupported as error:
+            self.close()
+            raise RuntimeFailed("llama.cpp does not start", found=error.found) from error
 
     def __enter__(self) -> DryRun:
         return self

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import sys
@@ -9,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.errors import LowbitError
-from lowbit.run import _llama_h, _llama_memory, llama_cpp
 
 _NO_MMAP = 0  # LLAMA_LOAD_MODE_NONE, which no_alloc needs
 
@@ -18,10 +19,14 @@ def child() -> None:
     """Answers until standard input ends. An answer with 'error' is a refusal; where llama.cpp aborts there is none."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    dry = _Dry()
+    with contextlib.suppress(ImportError):  # which is told below
+        importlib.import_module("xllamacpp")
+    program = _status("VmHWM")  # before what only lowbit needs is loaded
+    dry: _Dry | None = None
     for line in sys.stdin:
         request = json.loads(line)
         try:
+            dry = dry or _Dry(program)
             answer = getattr(dry, request.pop("do"))(**request)
         except LowbitError as error:
             answer = {"error": str(error)}
@@ -31,9 +36,10 @@ def child() -> None:
 class _Dry:
     """The models that were laid out so far, and a context of the target at a time."""
 
-    needs = llama_cpp.LlamaCpp  # imported, so that this process is as large as one that runs a model
+    def __init__(self, program: int) -> None:
+        from lowbit.run import _llama_h, _llama_memory
 
-    def __init__(self) -> None:
+        self.program, self.breakdown = program, _llama_memory.breakdown
         self.llama = _llama_h.load()
         self.lib = self.llama.lib
         self.models: dict[str, int] = {}
@@ -42,7 +48,8 @@ class _Dry:
         return self.llama.log.take().rpartition("; ")[2]
 
     def process(self) -> dict[str, Any]:
-        return {"peak_bytes": _status("VmHWM"), "bytes": _status("VmRSS")}
+        """What a process takes that has loaded the library and nothing else."""
+        return {"bytes": self.program}
 
     def model(self, path: str) -> dict[str, Any]:
         """Lays a file's tensors out; reads its metadata and vocabulary."""
@@ -75,7 +82,7 @@ class _Dry:
                 if not context:
                     return {"error": self._refusal() or "llama.cpp makes no context of it"}
                 made.append(context)
-                memory = _llama_memory.breakdown(self.llama, context)
+                memory = self.breakdown(self.llama, context)
                 found.append({"context": self.lib.llama_n_ctx(context), "memory": memory})
         finally:
             for context in reversed(made):

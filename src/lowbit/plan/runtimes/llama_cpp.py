@@ -21,17 +21,23 @@ from lowbit.plan.runtimes import _llama_kv, _llama_scratch
 from lowbit.plan.runtimes.base import Runtime
 from lowbit.run._dry_run import ContextMemory, DryRun, LaidOut
 from lowbit.run.llama_cpp import KV_TYPES
-from lowbit.units import GIB, format_bytes
+from lowbit.units import GIB, MIB, format_bytes
 
 DEFAULT_RECIPE = "q4_0"
 _AUTO_SLOTS = 4  # of llama-server, with a unified cache
 _FLOATS = ("f16", "f32", "bf16")
-_FORMULA, _DRY = "formula", "llama.cpp's own layout"
 REPACKED = "repacked weights"
+_FORMULA, _ESTIMATE, _MEASURED, _DRY = "formula", "estimate", "measured", "llama.cpp's own layout"
 _LAZY = (("gemma4", "per_layer_token_embd.weight"),)  # TENSOR_READ_LAZY in src/models
 _LAZY_BYTES = 4 * GIB  # LLAMA_LAZY_MODE_AUTO: larger ones of these are read row by row as they are asked for
 # src/llama-kv-cells.h: position, shift, 2D position, sequences; two tree nodes once the cell is used
 _CELL_BYTES = 52 + 2 * 48
+_CANDIDATE_BYTES = 12  # llama_token_data: id, logit, probability
+# Seen on Linux, x86-64: pages of the library that the first graph faults in, and what the server itself allocates.
+_SERVER_BYTES = 7 * MIB
+_PROGRAM_BYTES = 22 * MIB
+_TOKEN_BYTES, _MERGE_BYTES = 230, 270  # of a vocabulary in llama.cpp
+_MERGES = {"gemma3": 0, "gemma3n": 0, "gemma4": 2}  # for each token; others have about one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,23 +239,30 @@ def _scratch_rows(model: PlanModel, options: PlanOptions, room: _llama_kv.Cells,
 
 
 def _process_rows(model: PlanModel, room: _llama_kv.Cells, layout: _Layout | None) -> list[Row]:
-    n_cells = room.context
+    vocab = model.vocab_size
+
+    def row(what: str, size: int, why: str, found: str) -> Row:
+        return Row(part="process", what=what, bytes=size, why=why, found=found)
+
     rows = [
-        Row(
-            part="process", what="bookkeeping of cells", bytes=n_cells * _CELL_BYTES,
-            why=f"{n_cells:,} cells x {_CELL_BYTES} bytes when all are in use", found="estimate",
-        )
+        row("cells", room.context * _CELL_BYTES, f"what is kept of each of {room.context:,} cells in use", _ESTIMATE),
+        row(
+            "samplers", room.slots * vocab * _CANDIDATE_BYTES,
+            f"{room.slots} slots x {vocab:,} candidates of {_CANDIDATE_BYTES} bytes", _FORMULA,
+        ),
+        row("server", _SERVER_BYTES, "code that computing reads, threads, HTTP, chat template", _ESTIMATE),
     ]  # fmt: skip
     if layout is None:
-        return rows
-    why = "a Python process with llama.cpp loaded, measured here; llama-server itself is smaller"
-    rows.append(Row(part="process", what="program", bytes=layout.process_bytes, why=why, found="measured"))
+        return [*rows, row("program", _PROGRAM_BYTES, "a process with llama.cpp loaded", _ESTIMATE)]
+    rows.append(
+        row("program", layout.process_bytes, "a bare process with llama.cpp loaded, on this machine", _MEASURED)
+    )
     if model.gguf == layout.model.path:
-        why = f"{layout.model.vocab_size:,} tokens and the file's other metadata, measured here"
-        row = Row(
-            part="process", what="vocabulary", bytes=layout.model.metadata_bytes, why=why, found="measured"
-        )  # fmt: skip
-        rows.append(row)
+        size = layout.model.metadata_bytes
+        rows.append(row("vocabulary", size, f"{vocab:,} tokens and the file's other metadata, here", _MEASURED))
+    else:
+        each = _TOKEN_BYTES + _MERGES.get(model.architecture, 1) * _MERGE_BYTES
+        rows.append(row("vocabulary", vocab * each, f"{vocab:,} tokens, about {each} bytes each", _ESTIMATE))
     return rows
 
 
