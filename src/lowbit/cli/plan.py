@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv-unified", action=argparse.BooleanOptionalAction, help="one cache that all slots share, or one for each"
     )
-    parser.add_argument("--kv", metavar="TYPE", help="KV cache: f16 (default), q8_0, ...")
+    parser.add_argument("--kv", metavar="TYPE", help="KV cache: f16 (default), q8_0, ..., or two of them as K:V")
     parser.add_argument("-ctk", "--cache-type-k", metavar="TYPE", help="of the keys alone")
     parser.add_argument("-ctv", "--cache-type-v", metavar="TYPE", help="of the values alone")
     parser.add_argument("-b", "--batch-size", type=positive, default=2048, metavar="N", help="default: 2048")
@@ -53,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--swa-full", action="store_true", help="sliding layers keep all of the context")
     parser.add_argument("-fa", "--flash-attn", choices=("on", "off", "auto"), default="auto", help="default: auto")
     parser.add_argument("--recipe", metavar="NAME", help="plan for the weights packed so (a checkpoint: q4_0)")
+    parser.add_argument("-md", "--drafter", "--model-draft", metavar="MODEL", help="a drafter loaded beside it")
+    parser.add_argument("--mmproj", metavar="FILE", help="a projector loaded beside it")
     parser.add_argument("--no-mmap", action="store_true", help="the file is read instead of mapped")
     output.add_json(parser)
 
@@ -88,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
 def _options(args: argparse.Namespace) -> PlanOptions:
     from lowbit.plan import PlanOptions
 
+    kv_type_k, _, kv_type_v = (args.kv or "").partition(":")
     return PlanOptions(
         runtime=args.runtime,
         context=args.ctx,
@@ -96,9 +99,11 @@ def _options(args: argparse.Namespace) -> PlanOptions:
         batch=args.batch_size,
         ubatch=args.ubatch_size,
         swa_full=args.swa_full,
-        kv_type_k=args.cache_type_k or args.kv or "",
-        kv_type_v=args.cache_type_v or args.kv or "",
+        kv_type_k=args.cache_type_k or kv_type_k,
+        kv_type_v=args.cache_type_v or kv_type_v or kv_type_k,
         flash_attention={"on": True, "off": False, "auto": None}[args.flash_attn],
         recipe=args.recipe,
+        drafter=args.drafter,
+        mmproj=args.mmproj,
         mmap=not args.no_mmap,
     )

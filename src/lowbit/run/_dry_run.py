@@ -101,6 +101,12 @@ class DryRun:
             for found in answer["contexts"]
         ]
 
+    def projector(self, path: Path, *, flash: int) -> int:
+        """Bytes of an mmproj's weights and of its compute buffers for the largest image. flash: -1 leaves flash
+        attention to llama.cpp. Raises BadFile, Unsupported."""
+        found: int = self._ask("projector", path, path=str(path), flash=flash)["bytes"]
+        return found
+
     def _ask(self, what: str, where: Path | None, **request: Any) -> dict[str, Any]:
         assert self._child.stdin and self._child.stdout
         try:

@@ -39,7 +39,7 @@ class _Dry:
     def __init__(self, program: int) -> None:
         from lowbit.run import _llama_h, _llama_memory
 
-        self.program, self.breakdown = program, _llama_memory.breakdown
+        self.program, self.memory = program, _llama_memory
         self.llama = _llama_h.load()
         self.lib = self.llama.lib
         self.models: dict[str, int] = {}
@@ -67,6 +67,9 @@ class _Dry:
             "trained_context": self.lib.llama_model_n_ctx_train(model),
         }
 
+    def projector(self, path: str, flash: int) -> dict[str, Any]:
+        return {"bytes": self.memory.projector(self.llama, path, flash)}
+
     def contexts(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
         """The memory of contexts that exist at the same time, each over the one before (a drafter over its target)."""
         made: list[int] = []
@@ -82,7 +85,7 @@ class _Dry:
                 if not context:
                     return {"error": self._refusal() or "llama.cpp makes no context of it"}
                 made.append(context)
-                memory = self.breakdown(self.llama, context)
+                memory = self.memory.breakdown(self.llama, context)
                 found.append({"context": self.lib.llama_n_ctx(context), "memory": memory})
         finally:
             for context in reversed(made):

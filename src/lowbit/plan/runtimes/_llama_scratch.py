@@ -9,7 +9,7 @@ FOUND = "estimate"
 _F32, _F16 = 4, 2
 
 
-def estimate(model: PlanModel, room: Cells, *, flash: bool) -> int:
+def estimate(model: PlanModel, room: Cells, outputs: int, *, flash: bool) -> int:
     """Bytes of the tensors that live at once in the widest part of the graph of ``room.ubatch`` tokens."""
     text = model.config.get("text_config", model.config)
     tokens, hidden, heads = room.ubatch, text["hidden_size"], text["num_attention_heads"]
@@ -19,5 +19,5 @@ def estimate(model: PlanModel, room: Cells, *, flash: bool) -> int:
     attention = tokens * heads * head_dim * _F32 * 3
     if not flash:
         attention += 2 * room.per_slot * tokens * heads * _F32
-    scores = min(room.slots, tokens) * model.vocab_size * _F32
+    scores = min(outputs, tokens) * model.vocab_size * _F32
     return masks + 3 * tokens * hidden * _F32 + max(attention, 2 * tokens * wide * _F32, scores)

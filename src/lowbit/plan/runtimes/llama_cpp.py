@@ -1,77 +1,60 @@
 """llama.cpp on a CPU, started as llama-server starts it.
 
 The cache follows from the config by formula (_llama_kv.py). Weights as loaded and compute buffers are llama.cpp's own
-figures: it lays the model out without allocating anything (lowbit.run._dry_run), from the GGUF or from a header
-written for the config. Where the installed llama.cpp cannot, they are estimates, and the rows say so.
+figures: it lays the model out without allocating anything (_llama_layout.py), from the GGUF or from a header written
+for the config. Where the installed llama.cpp cannot be asked they are estimates, and the rows say so.
 """
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from lowbit.errors import BadOption, RuntimeFailed, Unsupported
-from lowbit.plan.header import header_only
-from lowbit.plan.model import PlanModel, PlannedTensor
+from lowbit.checkpoint.families.base import TARGET
+from lowbit.checkpoint.gguf_file import GgufFile
+from lowbit.checkpoint.projectors.base import Projector
+from lowbit.checkpoint.resolve import resolve
+from lowbit.errors import BadOption, Unsupported
+from lowbit.plan.model import PlanModel, PlannedTensor, open_model
 from lowbit.plan.options import PlanOptions
 from lowbit.plan.result import Plan, Row
-from lowbit.plan.runtimes import _llama_kv, _llama_scratch
+from lowbit.plan.runtimes import _llama_kv, _llama_layout, _llama_rows
+from lowbit.plan.runtimes._llama_layout import Layout, Loaded
 from lowbit.plan.runtimes.base import Runtime
-from lowbit.run._dry_run import ContextMemory, DryRun, LaidOut
-from lowbit.run.llama_cpp import KV_TYPES
-from lowbit.units import GIB, MIB, format_bytes
+from lowbit.run._kv_types import KV_TYPES, UNQUANTIZED
+from lowbit.units import format_bytes
 
 DEFAULT_RECIPE = "q4_0"
+_DEFAULT_KV = "f16"
 _AUTO_SLOTS = 4  # of llama-server, with a unified cache
-_FLOATS = ("f16", "f32", "bf16")
-REPACKED = "repacked weights"
-_FORMULA, _ESTIMATE, _MEASURED, _DRY = "formula", "estimate", "measured", "llama.cpp's own layout"
-_LAZY = (("gemma4", "per_layer_token_embd.weight"),)  # TENSOR_READ_LAZY in src/models
-_LAZY_BYTES = 4 * GIB  # LLAMA_LAZY_MODE_AUTO: larger ones of these are read row by row as they are asked for
-# src/llama-kv-cells.h: position, shift, 2D position, sequences; two tree nodes once the cell is used
-_CELL_BYTES = 52 + 2 * 48
-_CANDIDATE_BYTES = 12  # llama_token_data: id, logit, probability
-# Seen on Linux, x86-64: pages of the library that the first graph faults in, and what the server itself allocates.
-_SERVER_BYTES = 7 * MIB
-_PROGRAM_BYTES = 22 * MIB
-_TOKEN_BYTES, _MERGE_BYTES = 230, 270  # of a vocabulary in llama.cpp
-_MERGES = {"gemma3": 0, "gemma3n": 0, "gemma4": 2}  # for each token; others have about one
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Layout:
-    """What llama.cpp said of a model and a context; ``process_bytes`` of the process that asked it."""
-
-    model: LaidOut
-    context: ContextMemory
-    process_bytes: int
+_DRAFTED = 3  # --spec-draft-n-max: tokens that a slot's drafter proposes, scored with the one before them
+_CHECKPOINTS = 32  # --ctx-checkpoints
 
 
 class LlamaCpp(Runtime):
     name = "llama.cpp"
-    kv_types = ("f16", *(name for name in KV_TYPES if name != "f16"))
-    usual_kv_types = ("f16", "q8_0", "q4_0")
+    kv_types = (_DEFAULT_KV, *(name for name in KV_TYPES if name != _DEFAULT_KV))
+    usual_kv_types = (_DEFAULT_KV, "q8_0", "q4_0")
     recipes = ("q4_0", "q4_k_m", "q8_0", "bf16")
     margin_why = "llama.cpp's own: --fit leaves 1024 MiB free"
 
     def resident(self, plan: Plan, *, gpu: bool) -> tuple[Row, ...]:
         """One of the two copies of repacked weights: pages of a mapped file that were copied are not read again, and
         the system lets go of them first. On a GPU nothing is copied."""
-        twice = REPACKED if plan.settings["mmap"] else None
-        return tuple(row for row in super().resident(plan, gpu=gpu) if row.what != twice)
+        twice = _llama_rows.REPACKED if plan.settings["mmap"] else None
+        return tuple(row for row in super().resident(plan, gpu=gpu) if not (twice and row.what.endswith(twice)))
 
     def settings(self, model: PlanModel, options: PlanOptions) -> dict[str, Any]:
-        room, flash = _room(model, options), _flash(options)
+        room, (type_k, type_v) = room_of(model, options), kv_types(options)
         return {
             "context": room.context,
             "context_per_slot": room.per_slot,
             "slots": room.slots,
             "kv_unified": room.unified,
-            "kv_type_k": options.kv_type_k,
-            "kv_type_v": options.kv_type_v,
-            "flash_attention": flash,
+            "kv_type_k": type_k,
+            "kv_type_v": type_v,
+            "flash_attention": _flash(options),
             "swa_full": options.swa_full,
             "batch": room.batch,
             "ubatch": room.ubatch,
@@ -80,43 +63,110 @@ class LlamaCpp(Runtime):
         }
 
     def rows(self, model: PlanModel, options: PlanOptions) -> tuple[Row, ...]:
-        room = _room(model, options)
-        tensors = _tensors(model, options)
-        layout = _lay_out(model, options, tensors)
-        return (
-            *_weight_rows(model, tensors, options, layout),
-            *_kv_rows(model, options, room, layout),
-            *_scratch_rows(model, options, room, layout),
-            *_process_rows(model, room, layout),
-        )
+        type_k, type_v = kv_types(options)
+        parts = self._parts(model, dataclasses.replace(options, kv_type_k=type_k, kv_type_v=type_v))
+        rows = [row for part in parts for row in _llama_rows.rows(part)]
+        if options.mmproj is not None:
+            rows += _projector_rows(model, options)
+        return (*rows, *_llama_rows.process(parts[0].layout))
 
     def notes(self, model: PlanModel, options: PlanOptions) -> tuple[str, ...]:
-        found = []
-        room = _room(model, options)
+        room, found = room_of(model, options), []
         if room.per_slot > model.trained_context:
-            found.append(f"a slot may go beyond the {model.trained_context:,} tokens that the model was trained for")
-        found.append("llama-server keeps up to 8 GiB more of finished slots' caches (--cache-ram); not counted here")
+            found.append(f"a slot can go beyond the {model.trained_context:,} tokens that the model was trained for")
+        windows = [
+            group.token_bytes * group.cells
+            for group in _groups(model, options)
+            if group.window is not None and not options.swa_full
+        ]
+        if windows:
+            each = format_bytes(sum(windows))
+            found.append(
+                f"llama-server may keep up to {_CHECKPOINTS} checkpoints of the sliding layers for each slot "
+                f"(--ctx-checkpoints), each at most {each}: not counted"
+            )
+        found.append("llama-server may keep up to 8 GiB of finished prompts' caches (--cache-ram): not counted")
         return tuple(found)
 
+    def _parts(self, model: PlanModel, options: PlanOptions) -> list[_llama_rows.Part]:
+        """The target, and its drafter if there is one."""
+        room = room_of(model, options)
+        every = [(model, options, room.slots, 0)]
+        if options.drafter is not None:
+            drafter = model.keep(("drafter", str(options.drafter)), lambda: open_model(options.drafter or ""))
+            states = _shared_states(model, drafter)
+            drafts = min(room.batch, room.slots * (1 + _DRAFTED))
+            own = dataclasses.replace(options, kv_type_k=_DEFAULT_KV, kv_type_v=_DEFAULT_KV, context=room.context)
+            every = [
+                (model, options, drafts, states * room.batch),
+                (drafter, own, room.slots, states * room.slots),
+            ]
+        loaded = [
+            Loaded(
+                model=one, tensors=_tensors(one, own), context=context_params(one, own, outputs),
+                path=one.gguf if own.recipe is None else None,
+            )
+            for one, own, outputs, _ in every
+        ]  # fmt: skip
+        layouts: Sequence[Layout | None] = _llama_layout.lay_out(model, loaded) or [None] * len(loaded)
+        return [
+            _llama_rows.Part(
+                model=one, options=own, room=room_of(one, own), flash=_flash(own), tensors=load.tensors, layout=layout,
+                outputs=outputs, state_floats=states, drafter=one is not model,
+            )
+            for (one, own, outputs, states), load, layout in zip(every, loaded, layouts, strict=True)
+        ]  # fmt: skip
 
-def _room(model: PlanModel, options: PlanOptions) -> _llama_kv.Cells:
-    for name, kind in (("kv_type_k", options.kv_type_k), ("kv_type_v", options.kv_type_v)):
-        if kind not in KV_TYPES:
-            raise BadOption(f"unknown {name}", found=repr(kind)[:40], expected="one of " + ", ".join(LlamaCpp.kv_types))
+
+def room_of(model: PlanModel, options: PlanOptions) -> _llama_kv.Cells:
+    """The cells that these options make room for. Raises BadOption."""
+    kv_types(options)
     slots = _AUTO_SLOTS if options.slots is None else options.slots
     unified = options.slots is None if options.kv_unified is None else options.kv_unified
     context = options.context or model.trained_context
     return _llama_kv.cells(context, slots=slots, unified=unified, batch=options.batch, ubatch=options.ubatch)
 
 
+def kv_types(options: PlanOptions) -> tuple[str, str]:
+    """The types of cached keys and values. Raises BadOption."""
+    types = options.kv_type_k or _DEFAULT_KV, options.kv_type_v or _DEFAULT_KV
+    for name, kind in zip(("kv_type_k", "kv_type_v"), types, strict=True):
+        if kind not in KV_TYPES:
+            raise BadOption(f"unknown {name}", found=repr(kind)[:40], expected="one of " + ", ".join(LlamaCpp.kv_types))
+    return types
+
+
+def context_params(model: PlanModel, options: PlanOptions, outputs: int | None = None) -> dict[str, Any]:
+    """Fields of llama_context_params, as llama-server sets them. outputs: tokens scored at a time, one a slot."""
+    room, (type_k, type_v) = room_of(model, options), kv_types(options)
+    outputs = room.slots if outputs is None else outputs
+    return {
+        "n_ctx": options.context,
+        "n_batch": options.batch,
+        "n_ubatch": options.ubatch,
+        "n_seq_max": room.slots,
+        "n_outputs_max": min(options.batch, outputs),
+        "n_outputs_max_per_seq": -(-outputs // room.slots),
+        "type_k": KV_TYPES[type_k],
+        "type_v": KV_TYPES[type_v],
+        "flash_attn_type": _flash_type(options),
+        "swa_full": options.swa_full,
+        "kv_unified": room.unified,
+    }
+
+
 def _flash(options: PlanOptions) -> bool:
     """Flash attention, which llama.cpp turns on by itself on a CPU. Raises BadOption where the cache needs it."""
-    if options.flash_attention is False and options.kv_type_v not in _FLOATS:
+    if options.flash_attention is False and kv_types(options)[1] not in UNQUANTIZED:
         raise BadOption(
-            "llama.cpp keeps quantized values only with flash attention", found=f"kv_type_v {options.kv_type_v}",
+            "llama.cpp keeps quantized values only with flash attention", found=f"kv_type_v {kv_types(options)[1]}",
             hint="Leave flash attention on, or keep the values in f16",
         )  # fmt: skip
     return options.flash_attention is not False
+
+
+def _flash_type(options: PlanOptions) -> int:
+    return {None: -1, True: 1, False: 0}[options.flash_attention]
 
 
 def _tensors(model: PlanModel, options: PlanOptions) -> tuple[PlannedTensor, ...]:
@@ -125,145 +175,43 @@ def _tensors(model: PlanModel, options: PlanOptions) -> tuple[PlannedTensor, ...
     return model.packed(options.recipe or DEFAULT_RECIPE)
 
 
-def _lay_out(model: PlanModel, options: PlanOptions, tensors: Sequence[PlannedTensor]) -> _Layout | None:
-    """None where no llama.cpp is installed that can be asked, or where it does not know the architecture."""
+def _groups(model: PlanModel, options: PlanOptions) -> list[_llama_kv.Group]:
+    type_k, type_v = kv_types(options)
+    return _llama_kv.groups(
+        model.cache, room_of(model, options), type_k=type_k, type_v=type_v,
+        swa_full=options.swa_full, flash=_flash(options),
+    )  # fmt: skip
+
+
+def _shared_states(model: PlanModel, drafter: PlanModel) -> int:
+    """Width of the hidden states that a drafter without a cache of its own takes from its target, else 0.
+
+    Raises BadOption where it is a drafter for another model.
+    """
+    if not any(layer.owner == TARGET for layer in drafter.cache):
+        return 0
+    width, backbone = model.config.get("hidden_size"), drafter.config["backbone_hidden_size"]
+    if model.architecture != "gemma4" or width != backbone:
+        raise BadOption(
+            "this drafter is for another model", found=f"{drafter.path}: a target of width {backbone}",
+            expected=f"width {width}" if model.architecture == "gemma4" else "a Gemma 4",
+        )  # fmt: skip
+    return int(backbone)
+
+
+def _projector_rows(model: PlanModel, options: PlanOptions) -> list[Row]:
+    path = resolve(options.mmproj or "")
+    if path.is_dir():
+        raise Unsupported("not an mmproj", where=path, hint="Give the GGUF that lowbit pack --mmproj writes")
+    file = GgufFile(path)
     try:
-        dry = model.keep("dry run", DryRun)
-    except RuntimeFailed:
-        return None
-    try:
-        if options.recipe is None and model.gguf:
-            path = model.gguf
-        else:
-            path = model.keep(("header", options.recipe), lambda: header_only(model, tensors))
-        laid_out = model.keep(("laid out", path), lambda: contextlib.nullcontext(dry.model(path, model.path)))
-        context = dry.contexts([(laid_out, context_params(model, options))])[0]
-    except Unsupported as error:
-        if "unknown model architecture" in str(error) or "memory breakdown" in str(error):
-            return None
-        raise
-    return _Layout(model=laid_out, context=context, process_bytes=dry.process_bytes)
-
-
-def context_params(model: PlanModel, options: PlanOptions) -> dict[str, Any]:
-    """Fields of llama_context_params, as llama-server sets them."""
-    room = _room(model, options)
-    return {
-        "n_ctx": options.context,
-        "n_batch": options.batch,
-        "n_ubatch": options.ubatch,
-        "n_seq_max": room.slots,
-        "n_outputs_max": min(options.batch, room.slots),
-        "type_k": KV_TYPES[options.kv_type_k],
-        "type_v": KV_TYPES[options.kv_type_v],
-        "flash_attn_type": {None: -1, True: 1, False: 0}[options.flash_attention],
-        "swa_full": options.swa_full,
-        "kv_unified": room.unified,
-    }
-
-
-def _weight_rows(
-    model: PlanModel, tensors: Sequence[PlannedTensor], options: PlanOptions, layout: _Layout | None
-) -> list[Row]:
-    lazy = [t for t in tensors if (model.architecture, t.name) in _LAZY and t.n_bytes > _LAZY_BYTES and options.mmap]
-    size = sum(t.n_bytes for t in tensors) - sum(t.n_bytes for t in lazy)
-    n = sum(t.n_weights for t in tensors)
-    types = {t.dtype: 0 for t in tensors}
-    for tensor in tensors:
-        types[tensor.dtype] += tensor.n_bytes
-    mostly = ", ".join(f"{name} {format_bytes(types[name])}" for name in sorted(types, key=lambda t: -types[t])[:3])
-    repacked = layout.context.memory.get("CPU_REPACK") if layout else None
-    if not options.mmap and repacked:
-        size -= repacked.model
-    how = "mapped from the file, and resident once they are read" if options.mmap else "read from the file"
-    rows = [Row(part="weights", what="weights", bytes=size, why=f"{n:,} weights ({mostly}), {how}", found="file")]
-    for tensor in lazy:
-        why = f"{format_bytes(tensor.n_bytes)} stay on disk; rows are read as their tokens come"
-        rows.append(Row(part="weights", what=tensor.name, bytes=0, why=why, found=_FORMULA))
-    if repacked:
-        why = "copies in an order that this CPU computes faster with" + (", beside the mapped file" * options.mmap)
-        rows.append(Row(part="weights", what=REPACKED, bytes=repacked.model, why=why, found=_DRY))
-    return rows
-
-
-def _kv_rows(model: PlanModel, options: PlanOptions, room: _llama_kv.Cells, layout: _Layout | None) -> list[Row]:
-    if not model.family:
-        if layout is None:
-            raise Unsupported("neither lowbit nor the installed llama.cpp knows this architecture", where=model.path)
-        size, why = layout.context.total("context"), "this architecture's cache or state, as llama.cpp lays it out"
-        return [Row(part="kv", what="KV cache", bytes=size, why=why, found=_DRY)]
-    groups = _llama_kv.groups(
-        model.cache, room, type_k=options.kv_type_k, type_v=options.kv_type_v, swa_full=options.swa_full,
-        flash=_flash(options),
-    )  # fmt: skip
-    rows = [_kv_row(group, room, options) for group in groups if group.layers]
-    told = layout.context.total("context") if layout else None
-    if told is not None and told != sum(row.bytes for row in rows):
-        why = f"as llama.cpp lays it out; lowbit's formula gives {sum(row.bytes for row in rows):,} bytes"
-        return [Row(part="kv", what="KV cache", bytes=told, why=why, found=_DRY)]
-    return rows
-
-
-def _kv_row(group: _llama_kv.Group, room: _llama_kv.Cells, options: PlanOptions) -> Row:
-    kind = "global" if group.window is None else "sliding"
-    if group.window is None:
-        reason = f"{group.cells:,} cells"
-    elif options.swa_full:
-        reason = f"{group.cells:,} cells, all of the context (--swa-full)"
-    elif group.cells >= room.per_slot:
-        reason = f"{group.cells:,} cells: the context is no longer than the window"
-    else:
-        windows = f"{room.slots} windows" if room.unified and room.slots > 1 else "a window"
-        reason = f"{group.cells:,} cells: {windows} of {group.window:,} and a ubatch of {room.ubatch}, rounded up"
-    streams = f" for each of {room.streams} slots" if room.streams > 1 else ""
-    types = options.kv_type_k if options.kv_type_k == options.kv_type_v else f"{options.kv_type_k}/{options.kv_type_v}"
-    shared = f"; {group.sharing} layers use these" if group.sharing else ""
-    return Row(
-        part="kv", what=f"KV cache, {group.layers} {kind} layers", bytes=group.n_bytes,
-        why=f"{reason}{streams} x {group.token_bytes:,} bytes a token in {types}{shared}", found=_FORMULA,
-    )  # fmt: skip
-
-
-def _scratch_rows(model: PlanModel, options: PlanOptions, room: _llama_kv.Cells, layout: _Layout | None) -> list[Row]:
-    vocab = model.vocab_size
-    output = Row(
-        part="scratch", what="logits", bytes=room.slots * vocab * 4,
-        why=f"{room.slots} slots x {vocab:,} scores in f32", found=_FORMULA,
-    )  # fmt: skip
-    why = f"the largest graph: {room.ubatch} tokens at {room.per_slot:,} of context, {room.slots} scored"
-    if layout:
-        size, found = layout.context.total("compute"), _DRY
-    else:
-        size, found = _llama_scratch.estimate(model, room, flash=_flash(options)), _llama_scratch.FOUND
-    return [Row(part="scratch", what="compute buffer", bytes=size, why=why, found=found), output]
-
-
-def _process_rows(model: PlanModel, room: _llama_kv.Cells, layout: _Layout | None) -> list[Row]:
-    vocab = model.vocab_size
-
-    def row(what: str, size: int, why: str, found: str) -> Row:
-        return Row(part="process", what=what, bytes=size, why=why, found=found)
-
-    rows = [
-        row("cells", room.context * _CELL_BYTES, f"what is kept of each of {room.context:,} cells in use", _ESTIMATE),
-        row(
-            "samplers", room.slots * vocab * _CANDIDATE_BYTES,
-            f"{room.slots} slots x {vocab:,} candidates of {_CANDIDATE_BYTES} bytes", _FORMULA,
-        ),
-        row("server", _SERVER_BYTES, "code that computing reads, threads, HTTP, chat template", _ESTIMATE),
-    ]  # fmt: skip
-    if layout is None:
-        return [*rows, row("program", _PROGRAM_BYTES, "a process with llama.cpp loaded", _ESTIMATE)]
-    rows.append(
-        row("program", layout.process_bytes, "a bare process with llama.cpp loaded, on this machine", _MEASURED)
-    )
-    if model.gguf == layout.model.path:
-        size = layout.model.metadata_bytes
-        rows.append(row("vocabulary", size, f"{vocab:,} tokens and the file's other metadata, here", _MEASURED))
-    else:
-        each = _TOKEN_BYTES + _MERGES.get(model.architecture, 1) * _MERGE_BYTES
-        rows.append(row("vocabulary", vocab * each, f"{vocab:,} tokens, about {each} bytes each", _ESTIMATE))
-    return rows
+        found = file.values.get("general.architecture")
+        if found != Projector.arch:
+            raise Unsupported("not an mmproj", where=path, found=str(found)[:40], expected=Projector.arch)
+        both = _llama_layout.projector_bytes(model, path, flash=_flash_type(options))
+        return list(_llama_rows.projector(file, both))
+    finally:
+        file.close()
 
 
 RUNTIME = LlamaCpp()
