@@ -46,7 +46,7 @@ class LlamaCpp(Runtime):
         return tuple(row for row in super().resident(plan, gpu=gpu) if not (twice and row.what.endswith(twice)))
 
     def settings(self, model: PlanModel, options: PlanOptions) -> dict[str, Any]:
-        room, (type_k, type_v) = room_of(model, options), kv_types(options)
+        room, (type_k, type_v) = room_of(model, options), cache_types(options)
         return {
             "context": room.context,
             "context_per_slot": room.per_slot,
@@ -63,7 +63,7 @@ class LlamaCpp(Runtime):
         }
 
     def rows(self, model: PlanModel, options: PlanOptions) -> tuple[Row, ...]:
-        type_k, type_v = kv_types(options)
+        type_k, type_v = cache_types(options)
         parts = self._parts(model, dataclasses.replace(options, kv_type_k=type_k, kv_type_v=type_v))
         rows = [row for part in parts for row in _llama_rows.rows(part)]
         if options.mmproj is not None:
@@ -120,14 +120,14 @@ class LlamaCpp(Runtime):
 
 def room_of(model: PlanModel, options: PlanOptions) -> _llama_kv.Cells:
     """The cells that these options make room for. Raises BadOption."""
-    kv_types(options)
+    cache_types(options)
     slots = _AUTO_SLOTS if options.slots is None else options.slots
     unified = options.slots is None if options.kv_unified is None else options.kv_unified
     context = options.context or model.trained_context
     return _llama_kv.cells(context, slots=slots, unified=unified, batch=options.batch, ubatch=options.ubatch)
 
 
-def kv_types(options: PlanOptions) -> tuple[str, str]:
+def cache_types(options: PlanOptions) -> tuple[str, str]:
     """The types of cached keys and values. Raises BadOption."""
     types = options.kv_type_k or _DEFAULT_KV, options.kv_type_v or _DEFAULT_KV
     for name, kind in zip(("kv_type_k", "kv_type_v"), types, strict=True):
@@ -138,7 +138,7 @@ def kv_types(options: PlanOptions) -> tuple[str, str]:
 
 def context_params(model: PlanModel, options: PlanOptions, outputs: int | None = None) -> dict[str, Any]:
     """Fields of llama_context_params, as llama-server sets them. outputs: tokens scored at a time, one a slot."""
-    room, (type_k, type_v) = room_of(model, options), kv_types(options)
+    room, (type_k, type_v) = room_of(model, options), cache_types(options)
     outputs = room.slots if outputs is None else outputs
     return {
         "n_ctx": options.context,
@@ -157,9 +157,9 @@ def context_params(model: PlanModel, options: PlanOptions, outputs: int | None =
 
 def _flash(options: PlanOptions) -> bool:
     """Flash attention, which llama.cpp turns on by itself on a CPU. Raises BadOption where the cache needs it."""
-    if options.flash_attention is False and kv_types(options)[1] not in UNQUANTIZED:
+    if options.flash_attention is False and cache_types(options)[1] not in UNQUANTIZED:
         raise BadOption(
-            "llama.cpp keeps quantized values only with flash attention", found=f"kv_type_v {kv_types(options)[1]}",
+            "llama.cpp keeps quantized values only with flash attention", found=f"kv_type_v {cache_types(options)[1]}",
             hint="Leave flash attention on, or keep the values in f16",
         )  # fmt: skip
     return options.flash_attention is not False
@@ -176,7 +176,7 @@ def _tensors(model: PlanModel, options: PlanOptions) -> tuple[PlannedTensor, ...
 
 
 def _groups(model: PlanModel, options: PlanOptions) -> list[_llama_kv.Group]:
-    type_k, type_v = kv_types(options)
+    type_k, type_v = cache_types(options)
     return _llama_kv.groups(
         model.cache, room_of(model, options), type_k=type_k, type_v=type_v,
         swa_full=options.swa_full, flash=_flash(options),
