@@ -28,7 +28,7 @@ from pathlib import Path
 
 import synthetic
 from lowbit.files import sha256
-from lowbit.pack.partial import journal_of
+from lowbit.partial import journal_of
 
 GIB, MIB = 1 << 30, 1 << 20
 CONFIG = synthetic.CONFIGS["gemma3-27b"]

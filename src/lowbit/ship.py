@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import lowbit
-from lowbit import console, files, verbs
+from lowbit import console, files, partial, verbs
 from lowbit import recipe as recipes
 from lowbit.checkpoint import Checkpoint, open_checkpoint
 from lowbit.errors import BadFile, BadOption
@@ -31,7 +31,7 @@ from lowbit.inspect import inspect
 from lowbit.measure import MeasureOptions, measure
 from lowbit.measure.record import machine
 from lowbit.measure.text import check_text, chunks_of, read_text
-from lowbit.pack import certificate, containers, pack, partial
+from lowbit.pack import certificate, containers, pack
 from lowbit.report import PAGE, RECORD, read_record, render, report
 from lowbit.run.llama_cpp import LlamaCpp
 

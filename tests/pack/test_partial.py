@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 
 import lowbit
-from lowbit import files
+from lowbit import files, partial
 from lowbit.checkpoint import Checkpoint, open_checkpoint
 from lowbit.checkpoint.families.base import TensorSpec
 from lowbit.checkpoint.gguf_file import GgufFile
 from lowbit.errors import BadOption
-from lowbit.pack import gguf_container, partial
-from lowbit.pack.partial import Partial, journal_of
+from lowbit.pack import gguf_container
+from lowbit.partial import Partial, journal_of
 
 
 @pytest.fixture
@@ -348,7 +348,7 @@ def test_ctrl_c_says_that_it_goes_on(model: Path, tmp_path: Path) -> None:
     code = (
         "import os, signal, sys\n"
         "from lowbit.cli import main\n"
-        "from lowbit.pack.partial import Partial\n"
+        "from lowbit.partial import Partial\n"
         "real, names = Partial.finish_part, []\n"
         "def finish_part(self, name):\n"
         "    real(self, name)\n"

@@ -11,7 +11,7 @@ import contextlib
 import json
 import math
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +248,35 @@ class SafetensorsWriter:
 
     def _encode(self, entries: dict[str, Any]) -> bytes:
         return json.dumps({"__metadata__": self._metadata, **entries}, separators=(",", ":")).encode("utf-8")
+
+
+class Layout:
+    """Where tensors lie in a file whose every shape is known before the first is written, so that they can be written
+    in any order: ``offsets`` by name, from the file's start, and ``n_bytes`` of the whole file."""
+
+    _METADATA = 256  # bytes that metadata may come to take
+
+    def __init__(self, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+        """tensors: dtype, as safetensors calls it, and shape by name."""
+        self._entries: dict[str, Any] = {}
+        position = 0
+        for name, (dtype, shape) in tensors.items():
+            end = position + math.prod(shape) * ITEM_BYTES[dtype]
+            self._entries[name] = _header_entry(dtype, shape, position, end)
+            position = end
+        self._room = -(-(len(self._encode({})) + self._METADATA) // 8) * 8
+        self.offsets = {name: 8 + self._room + entry["data_offsets"][0] for name, entry in self._entries.items()}
+        self.n_bytes = 8 + self._room + position
+
+    def header(self, metadata: Mapping[str, str]) -> bytes:
+        """What the file begins with; of the same length whatever the metadata."""
+        text = self._encode(metadata)
+        if len(text) > self._room:
+            raise ValueError(f"no room for metadata of {len(text)} bytes")
+        return struct.pack("<Q", self._room) + text.ljust(self._room)
+
+    def _encode(self, metadata: Mapping[str, str]) -> bytes:
+        return json.dumps({"__metadata__": dict(metadata), **self._entries}, separators=(",", ":")).encode("utf-8")
 
 
 def _header_entry(dtype: str, shape: tuple[int, ...], begin: int, end: int) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from lowbit.errors import Unsupported
 from lowbit.grid.base import Grid
 from lowbit.pack import lattice, tokenizer
 from lowbit.pack.guide import Encoder, Guide
-from lowbit.pack.partial import Partial, resumable
 from lowbit.pack.rows import file_rows, precision_of, row_slices
+from lowbit.partial import Partial, resumable
 from lowbit.threads import in_order, keep_freed_memory, thread_count
 
 RECIPE = "q4_0"

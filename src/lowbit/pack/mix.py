@@ -21,7 +21,7 @@ from lowbit import recipe as recipes
 from lowbit.checkpoint import Checkpoint
 from lowbit.checkpoint.families.base import TensorSpec
 from lowbit.errors import BadOption
-from lowbit.pack.calibration import Calibration
+from lowbit.pack.calibration import Calibration, n_matrices
 from lowbit.pack.rows import file_rows
 from lowbit.threads import in_order
 from lowbit.units import format_bytes
@@ -29,6 +29,7 @@ from lowbit.units import format_bytes
 TYPES = ("q4_0", "q4_k", "q5_k", "q6_k", "q8_0", "f16")
 _HEAD = ("q4_k", "q5_k", "q6_k", "q8_0", "f16")  # llama-quantize never goes lower with it
 _SAMPLED_WEIGHTS = 1 << 18  # of a tensor, rounded to each type
+_SAMPLED_EXPERTS = 8  # of a layer
 _UNITS = 1 << 21  # of the budget: with more, sizes are rounded up to a part of it
 
 
@@ -67,7 +68,7 @@ def choose(
     """The mix whose tensors take at most ``room`` bytes. Raises BadOption where no choice of types is that small.
 
     What every recipe leaves in floats (vectors, routers) stays so, and a matrix that the calibration does not know
-    (experts) gets Q6_K, or Q8_0 where its rows are not blocks of 256.
+    (per-layer embeddings) gets Q6_K, or Q8_0 where its rows are not blocks of 256.
     """
     fixed: dict[str, str] = {}
     asked: dict[str, list[str]] = {}
@@ -135,25 +136,58 @@ def solve(items: Sequence[Sequence[tuple[int, float]]], room: int) -> list[int]:
 def _measured(checkpoint: Checkpoint, calibration: Calibration, spec: TensorSpec, types: Sequence[str]) -> list[Choice]:
     """What each type costs a tensor, from some of its rows; of the head from all, for its rows differ much in use."""
     rows, n = spec.n_rows, spec.shape[-1]
-    costs, looked_at = np.zeros(len(types)), 0
-    for start, stop in _parts(rows, n) if spec.name == calibration.head else [_sample(rows, n)]:
-        values = np.concatenate([file_rows(checkpoint, spec, a, b) for a, b in zip(start, stop, strict=True)])
-        index = np.concatenate([np.arange(a, b) for a, b in zip(start, stop, strict=True)])
-        errors = []
-        for grid in map(grids.get, types):
-            raw = calibration.rounded(spec.name, values, grid)
-            errors.append(values - grid.dequantize(grid.unpack(raw)).reshape(values.shape))
-        # The calibration has Hugging Face's order of rows, the values the file's.
-        order = spec.gguf_rows()
-        costs += calibration.costs(spec.name, index if order is None else order[index], errors)
-        looked_at += len(index)
-    costs *= rows / looked_at
+    if n_matrices(spec) > 1:
+        costs = _of_experts(checkpoint, calibration, spec, types)
+    else:
+        costs, looked_at = np.zeros(len(types)), 0
+        for start, stop in _parts(rows, n) if spec.name == calibration.head else [_sample(rows, n)]:
+            index = np.concatenate([np.arange(a, b) for a, b in zip(start, stop, strict=True)])
+            values = np.concatenate([file_rows(checkpoint, spec, a, b) for a, b in zip(start, stop, strict=True)])
+            # The calibration has Hugging Face's order of rows, the values the file's.
+            order = spec.gguf_rows()
+            index = index if order is None else order[index]
+            costs += calibration.costs(spec.name, index, _errors(calibration, spec.name, values, types))
+            looked_at += len(index)
+        costs *= rows / looked_at
     return [Choice(type=t, n_bytes=_n_bytes(spec, t), cost=float(c)) for t, c in zip(types, costs, strict=True)]
 
 
-def _sample(rows: int, n: int) -> tuple[list[int], list[int]]:
-    """Starts and ends of eight ranges of rows, spread evenly, or of all rows."""
-    wanted = max(8, _SAMPLED_WEIGHTS // n) // 8 * 8
+def _of_experts(checkpoint: Checkpoint, calibration: Calibration, spec: TensorSpec, types: Sequence[str]) -> np.ndarray:
+    """The costs of a layer's experts together, from some rows of some experts: of eight spread over the order of their
+    use, the most used among them, each standing for as much use as there is. Experts differ in it by orders of
+    magnitude, and in what a type costs for the same use by little."""
+    experts, height, n = spec.shape
+    use = calibration.use(spec.name)
+    order = np.argsort(use, kind="stable")
+    chosen = order[np.linspace(0, experts - 1, min(experts, _SAMPLED_EXPERTS)).round().astype(int)]
+    costs, seen = np.zeros(len(types)), 0.0
+    for expert in chosen.tolist():
+        start, stop = _sample(height, n, _SAMPLED_WEIGHTS // len(chosen))
+        index = np.concatenate([np.arange(a, b) for a, b in zip(start, stop, strict=True)])
+        first = expert * height
+        values = np.concatenate(
+            [file_rows(checkpoint, spec, first + a, first + b) for a, b in zip(start, stop, strict=True)]
+        )
+        errors = _errors(calibration, spec.name, values, types, expert)
+        costs += calibration.costs(spec.name, index, errors, expert) * (height / len(index))
+        seen += use[expert]
+    return costs * (use.sum() / seen) if seen else costs
+
+
+def _errors(
+    calibration: Calibration, name: str, values: np.ndarray, types: Sequence[str], matrix: int = 0
+) -> list[np.ndarray]:
+    """What rounding to each type leaves of rows: float32 (rows, n) each."""
+    errors = []
+    for grid in map(grids.get, types):
+        raw = calibration.rounded(name, values, grid, matrix)
+        errors.append(values - grid.dequantize(grid.unpack(raw)).reshape(values.shape))
+    return errors
+
+
+def _sample(rows: int, n: int, weights: int = _SAMPLED_WEIGHTS) -> tuple[list[int], list[int]]:
+    """Starts and ends of eight ranges of rows, about ``weights`` in all, spread evenly, or of all rows."""
+    wanted = max(8, weights // n) // 8 * 8
     if rows <= wanted:
         return [0], [rows]
     starts = np.linspace(0, rows - wanted // 8, 8).astype(int).tolist()

@@ -5,28 +5,35 @@ and g_t the gradient, at what flows out, of the loss of a label drawn from the m
 information; Martens 2020). With one weight a token, mean g_t^2, that is 1/2 tr(E H E^T), H = mean g_t^2 x_t x_t^T:
 the loss that ``lowbit.pack.compensate`` makes small, in nats a token. Unweighted moments are what llama.cpp's imatrix
 has a diagonal of; a few tokens with enormous activations decide them, and with them rounding gets worse (dev/LOG.md).
+An expert has moments of its own, of the tokens that were routed to it; their means too are over all tokens.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 import torch
-from torch import nn
 
-from lowbit import console
+from lowbit import __version__, console
 from lowbit.checkpoint import Checkpoint
-from lowbit.checkpoint.safetensors_file import write_files
-from lowbit.train import data, precision
+from lowbit.checkpoint.safetensors_file import Layout, read_header
+from lowbit.partial import Partial, resumable
+from lowbit.train import data
 from lowbit.train.model import load, load_tokenizer
+from lowbit.train.moments import Pass, Site, model_shapes, sites
+from lowbit.train.storage import save_tensors
 
-_POSITIONS = 128  # whose logits are held at once
 _PASS_BYTES = 4 << 30  # of moments held in memory; a model with more is gone over once for every 4 GiB
+_SAVE_EVERY = 60.0  # seconds of a pass between two saves, or more where saving takes long
+_SAVING = 20  # times as long as the last save took
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +50,12 @@ class CollectOptions:
 
 
 def collect(checkpoint: Checkpoint, out: Path, text: str | None, options: CollectOptions) -> int:
-    """Writes the moments of every linear layer of ``checkpoint`` to ``out`` (see ``lowbit.pack.calibration``) and
+    """Writes the moments of every matrix of ``checkpoint``'s layers to ``out`` (see ``lowbit.pack.calibration``) and
     returns the number of tokens they are of.
 
     text: the user's data as ``lowbit train --data`` takes it; None is the text that comes with lowbit.
+    Interrupted or killed, the same call goes on: OUT.partial holds the passes that are whole, OUT.partial.sums what the
+    one under way had added up a minute ago at most.
     """
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -56,154 +65,110 @@ def collect(checkpoint: Checkpoint, out: Path, text: str | None, options: Collec
         sequences = data.bundled_sequences(tokenizer, length)[:n]
     else:
         sequences = data.load_sequences(text, tokenizer, length, n)
+    passes = list(_passes(sites(model, checkpoint)))
+    shapes = {f"{site.name}.{part}": s for each in passes for site in each for part, s in site.shapes().items()}
+    layout = Layout({name: ("F32", s) for name, s in (shapes | model_shapes(model, checkpoint)).items()})
+    asked = {
+        "lowbit": __version__, "source": [file.identity for file in checkpoint.files], "minutes": options.minutes,
+        "text": hashlib.sha256(sequences.tobytes()).hexdigest(), "sequence_length": length, "seed": options.seed,
+        "precision": options.precision, "header": hashlib.sha256(layout.header({})).hexdigest(),
+    }  # fmt: skip
+    parts = [f"pass {i}" for i in range(len(passes))]
     rows = torch.from_numpy(sequences).long()
-    linear = _linear_layers(model, checkpoint)
-    passes = list(_passes(linear))
-    tensors = [f"{name}.{part}" for name in linear for part in ("inputs", "outputs")]
-    tensors += [f"{_head_name(checkpoint)}.{part}" for part in ("inputs", "outputs")]
-    tensors += [f"{_EMBEDDING}.{part}" for part in ("lookups", "gradients")]
-    deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
-    seen = 0
-
-    def fill(writers: dict[str, Any]) -> None:
-        nonlocal seen
+    with resumable(out, layout.n_bytes, [(0, layout.header({}))], parts, asked) as file, _sums_of(file) as sums:
+        run = _Run(file, sums, rows, layout, options)
         with console.progress("Collecting", len(passes) * len(rows), "sequences") as bar:
-            for i, names in enumerate(passes):
-                until = (
-                    None if deadline is None else time.monotonic() + (deadline - time.monotonic()) / (len(passes) - i)
-                )
-                work = _Pass(model, {name: linear[name] for name in names}, checkpoint, options)
-                seen = work.run(rows, until, lambda: bar.advance(1))
-                for name, values in work.results(last=i == len(passes) - 1):
-                    writers["moments"].add(name, values, "F32")
-
-    write_files({"moments": out}, tensors, fill)
-    return seen
+            for i, (part, chosen) in enumerate(zip(parts, passes, strict=True)):
+                bar.advance(len(rows) if part in file.done else 0)
+                if part not in file.done:
+                    work = Pass(model, chosen, checkpoint, options.precision, options.seed)
+                    run.over_the_text(work, part, passes_left=len(passes) - i, bar=bar)
+                    run.write(work, part, last=i == len(passes) - 1)
+        file.sync()
+        return int(read_header(file.path)[1]["tokens"])
 
 
-_EMBEDDING = "model.embed_tokens.weight"
-
-
-def _head_name(checkpoint: Checkpoint) -> str:
-    return next((name for name in checkpoint.names if checkpoint.info(name).role == "output"), _EMBEDDING)
-
-
-def _linear_layers(model: Any, checkpoint: Checkpoint) -> dict[str, nn.Linear]:
-    head = model.get_output_embeddings()
-    found = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return {name: m for name, m in found.items() if m is not head and name in checkpoint.specs}
-
-
-def _passes(linear: dict[str, nn.Linear]) -> Iterator[list[str]]:
-    """Names in order of execution, as many at a time as there is room for their moments."""
-    names: list[str] = []
+def _passes(found: list[Site]) -> Iterator[list[Site]]:
+    """Sites in order of execution, as many at a time as there is room for their moments."""
+    chosen: list[Site] = []
     room = _PASS_BYTES
-    for name, module in linear.items():
-        size = 4 * module.in_features**2
-        if names and size > room:
-            yield names
-            names, room = [], _PASS_BYTES
-        names.append(name)
-        room -= size
-    if names:
-        yield names
+    for site in found:
+        if chosen and site.n_bytes > room:
+            yield chosen
+            chosen, room = [], _PASS_BYTES
+        chosen.append(site)
+        room -= site.n_bytes
+    if chosen:
+        yield chosen
 
 
-class _Pass:
-    """One pass over the text for some of the layers."""
+@contextlib.contextmanager
+def _sums_of(file: Partial) -> Iterator[Path]:
+    """The file beside the partial one for a pass under way; like that one it stays only where the run was cut off."""
+    path = file.path.with_name(file.path.name + ".sums")
+    try:
+        yield path
+    except Exception:
+        path.unlink(missing_ok=True)
+        raise
+    path.unlink(missing_ok=True)
 
-    def __init__(
-        self, model: Any, linear: dict[str, nn.Linear], checkpoint: Checkpoint, options: CollectOptions
-    ) -> None:
-        self.model, self.linear, self.checkpoint = model, linear, checkpoint
-        device = next(model.parameters()).device
-        self.dtype = precision.choose(options.precision, device, model.config.get_text_config().hidden_size)
-        self.device = device
-        self.generator = torch.Generator(device).manual_seed(options.seed)
-        self.inputs = {name: torch.zeros(m.in_features, m.in_features) for name, m in linear.items()}
-        self.outputs = {name: torch.zeros(m.out_features) for name, m in linear.items()}
-        head = model.get_output_embeddings().weight
-        self.head_inputs, self.head_outputs = torch.zeros(head.shape[1], head.shape[1]), torch.zeros(head.shape[0])
-        embedding = model.get_input_embeddings().weight
-        self.lookups, self.gradients = torch.zeros(embedding.shape[0]), torch.zeros(embedding.shape[1])
-        self.tokens = 0
-        self._flowing: dict[str, torch.Tensor] = {}
 
-    def run(self, rows: torch.Tensor, until: float | None, advance: Callable[[], None]) -> int:
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(False)
-        embedding = self.model.get_input_embeddings()
-        handles = [embedding.register_forward_hook(self._embedded)]
-        handles += [m.register_forward_hook(self._hook(name)) for name, m in self.linear.items()]
-        try:
-            for row in rows:
-                if self.tokens and until is not None and time.monotonic() > until:
+class _Run:
+    """A collection under way: what is saved of it, and the time it may take, that of killed runs included."""
+
+    def __init__(self, file: Partial, sums: Path, rows: torch.Tensor, layout: Layout, options: CollectOptions) -> None:
+        self.file, self.sums, self.rows, self.layout = file, sums, rows, layout
+        self.minutes = options.minutes
+        self.started = self.saved = time.monotonic()
+        self.saving = 0.0
+        self.owner = str(file.path.stat().st_ino)  # sums are of this very partial file, or of none
+        self.earlier, self.left = 0.0, ("", 0)  # seconds of earlier runs; of which pass they left how many sequences
+        if sums.exists():
+            with safetensors.safe_open(sums, "pt") as stored:
+                told = stored.metadata() or {}
+            if told.get("owner") == self.owner:
+                self.earlier, self.left = float(told["seconds"]), (told["part"], int(told["sequences"]))
+
+    def over_the_text(self, work: Pass, part: str, *, passes_left: int, bar: Any) -> None:
+        begin = self._restore(work, part)
+        if begin:
+            console.log(f"going on, {begin} of {len(self.rows)} sequences are there")
+        bar.advance(begin)
+        left = None if self.minutes is None else (60 * self.minutes - self._spent()) / passes_left
+        until = None if left is None else time.monotonic() + left
+        with work.watching():
+            for i in range(begin, len(self.rows)):
+                if work.tokens and until is not None and time.monotonic() > until:
                     break
-                self._one(row[None].to(self.device))
-                advance()
-        finally:
-            for handle in handles:
-                handle.remove()
-        return self.tokens
+                work.add(self.rows[i][None])
+                bar.advance(1)
+                if time.monotonic() - self.saved > max(_SAVE_EVERY, _SAVING * self.saving):
+                    self._save(part, i + 1, work.state())
 
-    def _one(self, row: torch.Tensor) -> None:
-        with precision.autocast(self.device, self.dtype):
-            hidden = self.model.model(row, use_cache=False).last_hidden_state
-            slope = self._slope(hidden.detach()[0].float())
-        hidden.backward(slope[None].to(hidden.dtype))
-        assert self._leaf.grad is not None
-        gradient = self._leaf.grad[0].float()  # (tokens, width)
-        self.gradients += gradient.square().sum(0).cpu()
-        self.lookups += torch.bincount(row[0].cpu(), minlength=len(self.lookups)).float()
-        self.tokens += row.shape[1]
+    def write(self, work: Pass, part: str, *, last: bool) -> None:
+        """A pass that is whole: its means, and in the header how many tokens they are of."""
+        self.file.write(0, memoryview(self.layout.header({"format": "pt", "tokens": str(work.tokens)})))
+        for name, values in work.results(last=last):
+            data = np.ascontiguousarray(values, "<f4").reshape(-1).view(np.uint8)
+            self.file.write(self.layout.offsets[name], data.data)
+        self.file.finish_part(part)
+        self._save("", 0, {})  # the time that it took
 
-    def _slope(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The gradient at the final hidden states (tokens, width) of labels that are drawn; the head's own moments."""
-        head = self.model.get_output_embeddings().weight
-        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
-        slope = torch.empty_like(hidden)
-        for start in range(0, len(hidden), _POSITIONS):
-            part = slice(start, start + _POSITIONS)
-            logits = (hidden[part] @ head.T).float()
-            capped = logits if cap is None else cap * torch.tanh(logits / cap)
-            p = torch.softmax(capped, -1)
-            drawn = torch.multinomial(p, 1, generator=self.generator)
-            self.head_outputs += (p * (1 - p)).sum(0).cpu()
-            p.scatter_add_(1, drawn, torch.full_like(p[:, :1], -1.0))
-            if cap is not None:
-                p *= 1 - (capped / cap).square()
-            slope[part] = (p @ head).float()
-        self.head_inputs.addmm_(hidden.T.cpu(), hidden.cpu())
-        return slope
+    def _spent(self) -> float:
+        return self.earlier + time.monotonic() - self.started
 
-    def _embedded(self, _: nn.Module, __: Any, out: torch.Tensor) -> torch.Tensor:
-        self._leaf = out.detach().requires_grad_()
-        return self._leaf
+    def _save(self, part: str, done: int, state: dict[str, torch.Tensor]) -> None:
+        begin = time.monotonic()
+        told = {"owner": self.owner, "part": part, "sequences": str(done), "seconds": str(self._spent())}
+        save_tensors(state, self.sums, told)
+        self.saved = time.monotonic()
+        self.saving = self.saved - begin
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
-        def forward(_: nn.Module, inputs: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
-            x = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
-
-            def backward(gradient: torch.Tensor) -> None:
-                squares = gradient.detach().reshape(-1, gradient.shape[-1]).float().square()
-                self.outputs[name] += squares.sum(0).cpu()
-                weighted = x.float() * squares.mean(-1, keepdim=True).sqrt()
-                with torch.autocast(self.device.type, enabled=False):
-                    self.inputs[name].addmm_(weighted.T.cpu(), weighted.cpu())
-
-            out.register_hook(backward)
-
-        return forward
-
-    def results(self, *, last: bool) -> Iterator[tuple[str, np.ndarray]]:
-        """Names and values to write: means over the tokens."""
-        for name in self.linear:
-            yield f"{name}.inputs", (self.inputs[name] / self.tokens).numpy()
-            yield f"{name}.outputs", (self.outputs[name] / self.tokens).numpy()
-        if last:
-            head = _head_name(self.checkpoint)
-            scale = float(getattr(self.model.get_input_embeddings(), "embed_scale", 1.0))
-            yield f"{head}.inputs", (self.head_inputs / self.tokens).numpy()
-            yield f"{head}.outputs", (self.head_outputs / self.tokens).numpy()
-            yield f"{_EMBEDDING}.lookups", (self.lookups / self.tokens).numpy()
-            yield f"{_EMBEDDING}.gradients", (self.gradients * scale**2 / self.tokens).numpy()
+    def _restore(self, work: Pass, part: str) -> int:
+        """How many sequences of the pass an earlier run has added up; 0 where nothing of it is left."""
+        if self.left[0] != part:
+            return 0
+        with safetensors.safe_open(self.sums, "pt") as stored:
+            work.restore(stored.get_tensor)
+        return self.left[1]

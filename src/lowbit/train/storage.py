@@ -32,10 +32,10 @@ def writing(path: Path) -> Iterator[None]:
         raise cannot_write(path, OSError(errno.ENOSPC, "torch could not write the whole file")) from error
 
 
-def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """A safetensors file, whole or not at all. Raises CannotWrite."""
     with replacing(path) as partial, writing(path):
-        safetensors.torch.save_file(dict(tensors), partial)
+        safetensors.torch.save_file(dict(tensors), partial, dict(metadata) if metadata is not None else None)
 
 
 def _os_error(error: SafetensorError) -> OSError:
