@@ -195,7 +195,7 @@ def test_naive_packing_under_it_is_ggmls(model: Path, collected: Path, tmp_path:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--calibration", "x"], "a calibration holds what an imatrix does"),
+        (["--calibration", "x"], "no such file; expected a calibration"),
         (["--bits", "4.6"], "a mix needs a calibration"),
         (["--to", "mlx"], "only GGUF is rounded by an imatrix or a calibration"),
         (["--to", "compressed-tensors"], "only GGUF is rounded by an imatrix or a calibration"),

@@ -871,7 +871,7 @@ def test_an_earlier_file_survives_a_full_disk(good: Materials, call: Callable[[l
         (["imatrix", "{text}", "-f", "{text}", "-o", "{out}"], "not a GGUF file"),
         ([*(pack := ["pack", "{model}", "-o", "{out}"]), "--imatrix", "{out}.none"], "no such file"),
         ([*pack, "--imatrix", "{text}"], "text.txt: neither a GGUF nor a .dat importance matrix"),
-        ([*pack, "--imatrix", "{gguf}", "--calibration", "{gguf}"], "a calibration holds what an imatrix does"),
+        ([*pack, "--imatrix", "{gguf}", "--calibration", "{text}"], "header does not fit"),
         ([*pack, "--imatrix", "{gguf}"], "this GGUF is not an importance matrix; found general.type model"),
         (["pack", "--verify", "{gguf}", "--source", "{model}", "--imatrix", "{gguf}"], "--verify writes nothing"),
         ([*measure, "--kv-type", "q9"], "unknown KV cache type; found q9; expected f32, f16"),

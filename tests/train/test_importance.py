@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +18,10 @@ from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import BadFile, BadOption, NotFound
 from lowbit.pack.calibration import Calibration
 from lowbit.pack.mix import choose
-from lowbit.train import data
+from lowbit.train import data, importance, moments
 from lowbit.train.importance import CollectOptions, collect
 from lowbit.train.model import load, load_tokenizer
+from lowbit.train.moments import Pass
 
 # Wide enough for blocks of 256 in the MLP's second matrix, and not in the others.
 SIZES = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2}
@@ -205,3 +209,87 @@ def test_gemma4(tiny_gemma4: Callable[..., Path], tmp_path: Path, layout: str) -
         assert scalars
         for name in scalars:
             assert (source.read(name) == packed.read(name)).all()
+
+
+@pytest.mark.parametrize("after", [1, 3, 7, 12, 17])
+def test_killed_it_goes_on_and_ends_with_the_same_file(
+    source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    """SIGKILL in a real process after so many sequences of three passes; the next takes up what was saved."""
+    monkeypatch.setattr(importance, "_PASS_BYTES", 400_000)
+    monkeypatch.setattr(importance, "_SAVE_EVERY", 0.0)
+    monkeypatch.setattr(importance, "_SAVING", 0)
+    options = {"text": str(text), "sequences": 6, "sequence_length": 48, "precision": "float32", "threads": 1}
+    lowbit.calibrate(source, tmp_path / "undisturbed", **options)
+    out, real, added = tmp_path / "out", Pass.add, 0
+
+    def add(self: Pass, row: torch.Tensor) -> None:
+        nonlocal added
+        if added == left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        added += 1
+        real(self, row)
+
+    child, left = os.fork(), after
+    monkeypatch.setattr(Pass, "add", add)
+    if not child:
+        lowbit.calibrate(source, out, **options)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert not out.exists()
+    left = -1
+    assert lowbit.calibrate(source, out, **options) == 6 * 48
+    passes = len(list(importance._passes(moments.sites(*opened(source)))))
+    assert passes == 3
+    # All that was done is still there: each sequence was added once, by the one process or the other.
+    assert added == 6 * passes - after
+    assert out.read_bytes() == (tmp_path / "undisturbed").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "undisturbed"]
+
+
+def opened(source: Path) -> tuple[Any, Any]:
+    with open_checkpoint(source) as checkpoint:
+        return load(checkpoint), checkpoint
+
+
+def test_what_was_left_by_other_options_is_not_gone_on_with(
+    source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor sums without the file they belong to; and an error leaves nothing."""
+    monkeypatch.setattr(importance, "_SAVE_EVERY", 0.0)
+    monkeypatch.setattr(importance, "_SAVING", 0)
+    options = {"text": str(text), "sequences": 4, "sequence_length": 32, "precision": "float32", "threads": 1}
+    real, out = Pass.add, tmp_path / "out"
+    seen = 0
+
+    def interrupted(self: Pass, row: torch.Tensor) -> None:
+        nonlocal seen
+        if seen == 2:
+            raise stop
+        seen += 1
+        real(self, row)
+
+    def left_by(error: BaseException) -> list[str]:
+        nonlocal seen, stop
+        seen, stop = 0, error
+        with monkeypatch.context() as patch, pytest.raises(type(error)):
+            patch.setattr(Pass, "add", interrupted)
+            lowbit.calibrate(source, out, **options)
+        return sorted(path.name for path in tmp_path.iterdir())
+
+    stop: BaseException = KeyboardInterrupt()
+    partial = ["out.partial", "out.partial.journal", "out.partial.sums"]
+    assert left_by(KeyboardInterrupt()) == partial
+    lowbit.calibrate(source, out, **options | {"seed": 1})
+    lowbit.calibrate(source, tmp_path / "other", **options | {"seed": 1})
+    assert out.read_bytes() == (tmp_path / "other").read_bytes()
+    out.unlink()
+    (tmp_path / "other").unlink()
+    assert left_by(KeyboardInterrupt()) == partial
+    (tmp_path / "out.partial").unlink()
+    lowbit.calibrate(source, out, **options)
+    lowbit.calibrate(source, tmp_path / "other", **options)
+    assert out.read_bytes() == (tmp_path / "other").read_bytes()
+    out.unlink()
+    (tmp_path / "other").unlink()
+    assert left_by(RuntimeError("broken")) == []

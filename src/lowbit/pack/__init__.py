@@ -22,7 +22,7 @@ from lowbit.pack import imatrix as imatrices
 from lowbit.pack.calibration import Calibration
 from lowbit.pack.certificate import Certificate, verify
 from lowbit.pack.containers import Container
-from lowbit.pack.guide import Guide
+from lowbit.pack.guide import Either, Guide
 from lowbit.pack.imatrix import Imatrix
 from lowbit.pack.mix import Mix
 from lowbit.pack.proof import TensorProof
@@ -75,7 +75,8 @@ def pack(
     that have neither codes and scales nor a lattice: types of one float16 scale a block by a search for that scale,
     others, and with ``naive`` all, as the ggml C library does it. GGUF only.
     calibration: a file that ``lowbit calibrate`` made of the checkpoint: what has no codes and lies on no lattice is
-    rounded so that the output changes least (see ``compensate``). GGUF only.
+    rounded so that the output changes least (see ``compensate``). GGUF only. With an imatrix too, that is for what the
+    calibration lacks.
     bits, size: instead of by a recipe, each tensor's type is chosen (see ``mix``) so that the weights take at most so
     many bits each, or the file so many bytes. Needs a calibration.
     mmproj: the checkpoint's vision or audio towers and projector instead of its text model, as the GGUF that llama.cpp
@@ -97,10 +98,10 @@ def pack(
             )  # fmt: skip
     if mmproj or isinstance(checkpoint, ProjectorCheckpoint):
         _check_projector(checkpoint, to, {"imatrix": imatrix, "calibration": calibration, "bits": bits, "size": size})
-    guide = _guide(checkpoint, calibration, imatrix, naive=naive)
+    calibrated, guide = _guides(checkpoint, calibration, imatrix, naive=naive)
     mixed = None
     if bits is not None or size is not None:
-        mixed = _mix(checkpoint, guide, bits, size, thread_count(threads))
+        mixed = _mix(checkpoint, calibrated, guide, bits, size, thread_count(threads))
         container = containers.choose(to or "gguf", "q4_0")
         name, types = mixed.name, mixed.types
     else:
@@ -160,34 +161,40 @@ def _check_projector(checkpoint: Checkpoint, to: str | None, measured: Mapping[s
         raise BadOption("the checkpoint is open as a text model", where=checkpoint.path, hint=hint)
 
 
-def _guide(
+def _guides(
     checkpoint: Checkpoint, calibration: str | Path | None, imatrix: Imatrix | str | Path | None, *, naive: bool
-) -> Guide | None:
-    """What was measured of the model, if anything. Raises BadOption where it would not be used."""
-    if imatrix is not None and calibration is not None:
-        raise BadOption("a calibration holds what an imatrix does", hint="Leave out one of the two")
-    if imatrix is not None:
-        return Weighted(imatrix if isinstance(imatrix, Imatrix) else imatrices.read(imatrix), checkpoint)
-    if calibration is None:
-        return None
-    if naive:
+) -> tuple[Calibration | None, Guide | None]:
+    """The calibration, and what all that was measured of the model tells the container. Raises BadOption where it would
+    not be used."""
+    if naive and calibration is not None:
         raise BadOption("naive rounding knows no calibration", hint="Leave out one of the two")
-    return Calibration(calibration, checkpoint)
+    measured = None if calibration is None else Calibration(calibration, checkpoint)
+    if imatrix is None:
+        return measured, measured
+    weighted = Weighted(imatrix if isinstance(imatrix, Imatrix) else imatrices.read(imatrix), checkpoint)
+    return measured, weighted if measured is None else Either(measured, weighted)
 
 
-def _mix(checkpoint: Checkpoint, guide: Guide | None, bits: float | None, size: int | None, threads: int) -> Mix:
-    if not isinstance(guide, Calibration) or (bits is not None and size is not None):
+def _mix(
+    checkpoint: Checkpoint,
+    calibration: Calibration | None,
+    guide: Guide | None,
+    bits: float | None,
+    size: int | None,
+    threads: int,
+) -> Mix:
+    if calibration is None or (bits is not None and size is not None):
         hint = "lowbit calibrate MODEL -o FILE measures the model"
         raise BadOption("a mix needs a calibration, and either bits or size", hint=hint)
     if size is None:
         room = int((bits or 0) * checkpoint.n_weights / 8)
     else:
-        header = gguf_container.header_bytes(checkpoint)
+        header = gguf_container.header_bytes(checkpoint, guide)
         if header >= size:
             found, expected = f"{size} bytes", f"more than the header's {header}"
             raise BadOption("no room for weights", found=found, expected=expected)
         room = size - header
-    return mix.choose(checkpoint, guide, room, threads=threads)
+    return mix.choose(checkpoint, calibration, room, threads=threads)
 
 
 def _float_type(checkpoint: Checkpoint) -> str:

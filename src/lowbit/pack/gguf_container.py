@@ -122,13 +122,13 @@ def _jobs(
             yield functools.partial(job, spec, encode, at, start, stop)
 
 
-def header_bytes(checkpoint: Checkpoint) -> int:
+def header_bytes(checkpoint: Checkpoint, guide: Guide | None = None) -> int:
     """Bytes of the file before its tensors and of those that follow from the config; types change none of it."""
     computed = checkpoint.family.computed(checkpoint.config)
     heads = [TensorHead(spec.gguf_name, spec.gguf_shape, 0) for spec in checkpoint.specs.values()]
     heads += [TensorHead(name, values.shape, 0) for name, values in computed.items()]
     handle = io.BytesIO()
-    write_header(handle, metadata(checkpoint, "mix"), heads)
+    write_header(handle, metadata(checkpoint, "mix", guide), heads)
     padded = -(-len(handle.getvalue()) // 32) * 32
     return padded + sum(-(-values.nbytes // 32) * 32 for values in computed.values())
 

@@ -35,6 +35,27 @@ class Guide(Protocol):
         """How many rows an encoder should be asked for at a time."""
 
 
+class Either:
+    """Two guides of one model: a tensor is rounded by the ``first`` if it knows how, else by the ``second``."""
+
+    def __init__(self, first: Guide, second: Guide) -> None:
+        self._first, self._second = first, second
+
+    @property
+    def identity(self) -> list[object]:
+        return [self._first.identity, self._second.identity]
+
+    def fields(self) -> list[Field]:
+        return [*self._first.fields(), *self._second.fields()]
+
+    def encoder(self, checkpoint: Checkpoint, spec: TensorSpec, grid: Grid, *, naive: bool) -> Encoder | None:
+        found = self._first.encoder(checkpoint, spec, grid, naive=naive)
+        return found if found is not None else self._second.encoder(checkpoint, spec, grid, naive=naive)
+
+    def rows_at_least(self, spec: TensorSpec) -> int:
+        return max(self._first.rows_at_least(spec), self._second.rows_at_least(spec))
+
+
 def refuse(guide: Guide | None, container: str) -> None:
     """For containers whose rounding no guide knows. Raises BadOption where there is one."""
     if guide is not None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -71,12 +72,14 @@ def collect(checkpoint: Checkpoint, out: Path, text: str | None, options: Collec
     asked = {
         "lowbit": __version__, "source": [file.identity for file in checkpoint.files], "minutes": options.minutes,
         "text": hashlib.sha256(sequences.tobytes()).hexdigest(), "sequence_length": length, "seed": options.seed,
-        "precision": options.precision, "header": hashlib.sha256(layout.header({})).hexdigest(),
+        "precision": options.precision, "passes": [len(each) for each in passes],
+        "header": hashlib.sha256(layout.header({})).hexdigest(),
     }  # fmt: skip
     parts = [f"pass {i}" for i in range(len(passes))]
     rows = torch.from_numpy(sequences).long()
     with resumable(out, layout.n_bytes, [(0, layout.header({}))], parts, asked) as file, _sums_of(file) as sums:
-        run = _Run(file, sums, rows, layout, options)
+        owner = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        run = _Run(file, sums, owner, rows, layout, options)
         with console.progress("Collecting", len(passes) * len(rows), "sequences") as bar:
             for i, (part, chosen) in enumerate(zip(parts, passes, strict=True)):
                 bar.advance(len(rows) if part in file.done else 0)
@@ -117,12 +120,14 @@ def _sums_of(file: Partial) -> Iterator[Path]:
 class _Run:
     """A collection under way: what is saved of it, and the time it may take, that of killed runs included."""
 
-    def __init__(self, file: Partial, sums: Path, rows: torch.Tensor, layout: Layout, options: CollectOptions) -> None:
+    def __init__(
+        self, file: Partial, sums: Path, owner: str, rows: torch.Tensor, layout: Layout, options: CollectOptions
+    ) -> None:
         self.file, self.sums, self.rows, self.layout = file, sums, rows, layout
         self.minutes = options.minutes
         self.started = self.saved = time.monotonic()
         self.saving = 0.0
-        self.owner = str(file.path.stat().st_ino)  # sums are of this very partial file, or of none
+        self.owner = owner  # what was asked: sums of the same are the same
         self.earlier, self.left = 0.0, ("", 0)  # seconds of earlier runs; of which pass they left how many sequences
         if sums.exists():
             with safetensors.safe_open(sums, "pt") as stored:
@@ -153,6 +158,7 @@ class _Run:
             data = np.ascontiguousarray(values, "<f4").reshape(-1).view(np.uint8)
             self.file.write(self.layout.offsets[name], data.data)
         self.file.finish_part(part)
+        self.left = ("", 0)
         self._save("", 0, {})  # the time that it took
 
     def _spent(self) -> float:

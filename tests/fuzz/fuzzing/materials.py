@@ -147,6 +147,8 @@ def make(folder: Path) -> None:
     _record(folder / "record")
     lowbit.pack(folder / "llama", None, folder / "mlx", to="mlx")
     _measured(folder / "llama", folder)
+    _calibrate(folder / "llama", folder / "calibration-llama.safetensors")
+    _calibrate(folder / "gemma4_moe", folder / "calibration-gemma4_moe.safetensors")
 
 
 def tokenizer(kind: str) -> dict[str, Any]:
@@ -240,7 +242,7 @@ def _record(folder: Path) -> None:
 
 
 def _measured(source: Path, folder: Path) -> None:
-    """An importance matrix in both forms, and a calibration, of the checkpoint ``source``."""
+    """An importance matrix in both forms of the checkpoint ``source``."""
     sums = np.linspace(0.5, 2, 32, dtype=np.float32)
     with open_checkpoint(source) as checkpoint:
         specs = [spec for spec in checkpoint.specs.values() if spec.role not in ("norm", "embedding")]
@@ -248,12 +250,26 @@ def _measured(source: Path, folder: Path) -> None:
     for form in ("gguf", "dat"):
         made = imatrix.Imatrix(entries=entries, datasets=("text.txt",), chunk_count=2, chunk_size=4, name="made")
         imatrix.write(made, folder / f"imatrix.{form}", format=form)
+
+
+def _calibrate(source: Path, path: Path) -> None:
+    """A calibration of every matrix of the checkpoint ``source``, and of its experts."""
+    with open_checkpoint(source) as checkpoint:
+        specs = [spec for spec in checkpoint.specs.values() if spec.role.startswith(("attn", "ffn", "experts"))]
     tensors: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
+
+    def add(name: str, shape: tuple[int, ...], values: np.ndarray) -> None:
+        tensors[name] = "F32", shape, np.broadcast_to(values.astype("<f4"), shape).tobytes()
+
     for spec in specs:
-        rows = spec.shape[0]
-        tensors[f"{spec.name}.inputs"] = "F32", (32, 32), np.diag(sums).tobytes()
-        tensors[f"{spec.name}.outputs"] = "F32", (rows,), np.ones(rows, np.float32).tobytes()
-    _write_tensors(folder / "calibration.safetensors", tensors)
+        *lead, rows, n = spec.shape
+        inputs = np.diag(np.linspace(0.5, 2, n))
+        add(f"{spec.name}.inputs", (*lead, n, n), inputs)
+        add(f"{spec.name}.outputs", (*lead, rows), np.ones(1))
+        if lead:
+            add(f"{spec.name}.tokens", (*lead,), np.full(1, 8.0))
+            add(f"{spec.name}.pooled", (n, n), inputs)
+    _write_tensors(path, tensors)
 
 
 def _stored(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:

@@ -107,7 +107,7 @@ def _inspect(path: Path) -> None:
     tables.show_lattices(found["tensors"], io.StringIO())
 
 
-def _pack(path: Path, out: Path, recipe: str = "q4_0", **options: Any) -> None:
+def _pack(path: Path, out: Path, recipe: str | None = "q4_0", **options: Any) -> None:
     try:
         lowbit.pack(path, recipe, out, certificate=True, **options)
         GgufFile(out)
@@ -328,14 +328,17 @@ def importance(place: Place, choices: Choices) -> None:
 
 def calibration(place: Place, choices: Choices) -> None:
     """A calibration, opened for the model, and packed by."""
-    name = "calibration.safetensors"
+    model = choices.of(("llama", "gemma4_moe"))
+    name = f"calibration-{model}.safetensors"
     good = place.good[name]
     # Few changes leave a file that is read; as it is it always is.
     path = place.put(name, good if choices.one_in(4) else mutate_safetensors(good, choices))
     if choices.one_in(4):
-        _pack(place.path("llama"), place.folder / "out.gguf", calibration=path)
+        budget = {"bits": choices.of((4.6, 9.0, 1e9))} if choices.one_in(3) else {}
+        recipe = None if budget else "q4_0"
+        _pack(place.path(model), place.folder / "out.gguf", recipe, calibration=path, **budget)
         return
-    with open_checkpoint(place.path("llama")) as source:
+    with open_checkpoint(place.path(model)) as source:
         Calibration(path, source)
 
 
