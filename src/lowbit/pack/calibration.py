@@ -156,8 +156,8 @@ class Calibration:
         return np.array(found) / 2
 
     def use(self, name: str) -> np.ndarray:
-        """(experts,) float64: of each expert of a weight that it ``has``, the sum of the mean squares at its outputs; how
-        much there is to lose, before it is known what its errors are."""
+        """(experts,) float64: of each expert of a weight that it ``has``, the sum of the mean squares at its outputs;
+        how much there is to lose, before it is known what its errors are."""
         shape = self._file.entries[f"{name}.outputs"].shape
         return np.array([self._values(f"{name}.outputs", i).sum(dtype=np.float64) for i in range(shape[0])])
 
