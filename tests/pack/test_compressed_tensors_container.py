@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import lowbit
 from lowbit.checkpoint import open_checkpoint
-from lowbit.errors import BadFile, Unsupported
+from lowbit.errors import BadFile
 
 Make = Callable[..., Path]
 DTYPE = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -160,11 +160,54 @@ def test_the_config_is_what_vllm_and_transformers_read(qat: Make, tmp_path: Path
     assert config["dtype"] == "bfloat16"
 
 
-def test_experts_are_refused(tiny_gemma4_moe: Make, tmp_path: Path) -> None:
-    """Tensors of three dimensions have no place in pack-quantized folders."""
-    with pytest.raises(Unsupported, match=r"experts\.gate_up_proj: not a matrix"):
-        lowbit.pack(tiny_gemma4_moe(), None, tmp_path / "x", to="compressed-tensors")
-    assert not (tmp_path / "x").exists()
+def on_lattice(folder: Path) -> None:
+    """Puts the experts on a lattice of absmax/7, BF16 scales, as a checkpoint trained for 4 bit has them."""
+    stored = load_file(folder / "model.safetensors")
+    for name in stored:
+        if ".experts." in name:
+            groups = stored[name].reshape(*stored[name].shape[:-1], -1, 32)
+            scale = (groups.abs().amax(-1, keepdim=True) / 7).bfloat16().float()
+            stored[name] = ((groups / scale).round() * scale).bfloat16().float().reshape(stored[name].shape)
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_experts_are_matrices_of_their_own(tiny_gemma4_moe: Make, tmp_path: Path) -> None:
+    """Every expert's codes lie under its own name, proved to be the source's; on into a GGUF no code changes."""
+    folder, out = tiny_gemma4_moe(), tmp_path / "ct"
+    on_lattice(folder)
+    certificate = lowbit.pack(folder, None, out, to="compressed-tensors", certificate=True).certificate
+    assert certificate is not None
+    experts = [tensor for tensor in certificate.tensors if ".experts." in tensor.name]
+    assert len(experts) == 4 and all(tensor.exact == tensor.blocks > 0 for tensor in experts)
+    stored = load_file(out / "model.safetensors")
+    name = "model.layers.1.experts.5"
+    assert stored[f"{name}.gate_proj.weight_packed"].shape == stored[f"{name}.up_proj.weight_packed"].shape == (32, 8)
+    assert stored[f"{name}.down_proj.weight_shape"].tolist() == [64, 32]
+    assert not any("experts.gate_up_proj" in key for key in stored)
+    config = json.loads((out / "config.json").read_text("utf-8"))["quantization_config"]
+    assert "model.layers.0.router.proj" in config["ignore"]
+    lowbit.pack(out, "q4_0", tmp_path / "x.gguf", certificate=True)
+    with open_checkpoint(out) as ct, open_checkpoint(tmp_path / "x.gguf") as gguf:
+        for tensor in experts:
+            ours, theirs = ct.coded_rows(tensor.name, 3, 101), gguf.coded_rows(tensor.name, 3, 101)
+            assert ours is not None and theirs is not None and (ours[1].codes == theirs[1].codes).all()
+            assert (ct.read(tensor.name) == gguf.read(tensor.name)).all()
+    seen = {t["name"]: t["shape"] for t in lowbit.inspect(out)["tensors"]}
+    assert seen["model.layers.1.experts.gate_up_proj"] == [8, 64, 64]
+
+
+@pytest.mark.parametrize("lost", [".3.up_proj.weight_scale", ".7.", ".0.down_proj.weight_packed", "moved"])
+def test_experts_that_are_not_whole(tiny_gemma4_moe: Make, tmp_path: Path, lost: str) -> None:
+    lowbit.pack(tiny_gemma4_moe(), None, tmp_path / "ct", to="compressed-tensors")
+    path = tmp_path / "ct" / "model.safetensors"
+    stored = load_file(path)
+    if lost == "moved":
+        stored = {name.replace("layers.1.experts.7.", "layers.1.experts.9."): t for name, t in stored.items()}
+    else:
+        stored = {name: t for name, t in stored.items() if f"layers.1.experts{lost}" not in name}
+    save_file(stored, path, {"format": "pt"})
+    with pytest.raises(BadFile, match=r"not the config's experts|a part of a packed matrix|does not have"):
+        open_checkpoint(tmp_path / "ct")
 
 
 def test_through_the_command_line(qat: Make, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -57,11 +57,14 @@ GEMMAS: dict[str, dict[str, Any]] = {
 }
 
 
-def transformers_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
+def transformers_logits(folder: Path, tokens: np.ndarray, **options: Any) -> np.ndarray:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    options |= {"dtype": torch.float32, "attn_implementation": "eager"}
+    model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    if "quantization_config" in options:  # experts come in the dtype of their scales, and are computed with in it
+        model = model.float()
     with torch.no_grad():
         return model(torch.from_numpy(tokens)[None].long()).logits[0].numpy()
 

@@ -3,18 +3,32 @@
 A matrix ``X.weight`` is three tensors: ``X.weight_packed`` int32 (rows, n / 8), eight codes plus 8 in a word, the first
 in the lowest bits; ``X.weight_scale`` (rows, n / group) floating point; ``X.weight_shape`` int64 (2). A weight is code
 x scale with codes from -8 to 7: Q4_0's own arithmetic, so the codes go into a Q4_0 block as they are; a scale of 128
-weights goes into four. Source: compressed_tensors/compressors/pack_quantized.
+weights goes into four. Of a layer's experts, one weight in Hugging Face, each has matrices of its own:
+``X.experts.7.gate_proj.weight``, up and down. Source: compressed_tensors/compressors/pack_quantized; experts as vLLM
+reads them (model_executor/models/gemma4.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from lowbit import grid as grids
-from lowbit.checkpoint.packed import SCALE_DTYPES, Files, Scheme, check_groups, check_part, rows_of, scale_rows
+from lowbit.checkpoint.packed import (
+    EXPERTS,
+    SCALE_DTYPES,
+    Files,
+    Scheme,
+    check_groups,
+    check_part,
+    expert_runs,
+    experts_of,
+    rows_of,
+    scale_rows,
+)
 from lowbit.errors import BadConfig, BadFile, Unsupported
 from lowbit.grid._int4 import Int4
 from lowbit.grid.base import Blocks
@@ -24,10 +38,25 @@ GROUPS = (32, 128)
 _BLOCK_GRID = "q4_0"
 _PER_WORD = 8
 _SUFFIXES = ("_packed", "_scale", "_shape")
+_OF_EXPERT = re.compile(r"(.*\.experts)\.(\d{1,6})\.(\w+)\.weight")
 _EXPECTED: dict[str, Any] = {
     "num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "dynamic": False, "actorder": None,
     "block_structure": None,
 }  # fmt: skip
+
+
+def matrices_of(name: str, experts: Iterable[int]) -> tuple[str, ...]:
+    """The stored names of the matrices of Hugging Face's weight ``name``: itself, or those of each of ``experts``."""
+    found = experts_of(name)
+    if found is None:
+        return (name,)
+    return tuple(f"{found[0]}.{i}.{matrix}.weight" for i in experts for matrix in found[1])
+
+
+def stored_parts(matrix: str) -> tuple[str, str, str]:
+    """The stored names of a matrix's parts: codes, scales, shape."""
+    packed, scale, shape = (matrix + suffix for suffix in _SUFFIXES)
+    return packed, scale, shape
 
 
 def scheme_of(config: Mapping[str, Any], where: object) -> CompressedTensors | None:
@@ -83,42 +112,83 @@ class CompressedTensors(Scheme):
 
     def __init__(self, group: int) -> None:
         self.group = group
+        self._experts: dict[str, set[int]] = {}  # which there are of each weight of experts
 
     def matrices(self, files: Files) -> set[str]:
         ending = f".weight{_SUFFIXES[0]}"
-        return {name.removesuffix(_SUFFIXES[0]) for name in files if name.endswith(ending)}
+        found = set()
+        for stored in (name.removesuffix(_SUFFIXES[0]) for name in files if name.endswith(ending)):
+            match = _OF_EXPERT.fullmatch(stored)
+            whole = next((hf for hf, each in EXPERTS.items() if match and match[3] in each), None)
+            if match and whole:
+                stored = f"{match[1]}.{whole}"
+                self._experts.setdefault(stored, set()).add(int(match[2]))
+            found.add(stored)
+        return found
 
     def parts(self, name: str) -> tuple[str, ...]:
-        return tuple(name + suffix for suffix in _SUFFIXES)
+        return tuple(part for matrix in self._matrices(name) for part in stored_parts(matrix))
+
+    def _matrices(self, name: str) -> tuple[str, ...]:
+        return matrices_of(name, sorted(self._experts.get(name, ())))
 
     def describe(self, files: Files, name: str) -> tuple[str, tuple[int, ...]]:
-        part = self.parts(name)[0]
+        part = next(part for part in self.parts(name) if part in files)
         *rows, words = files[part].entries[part].shape or (0,)
+        experts = experts_of(name)
+        if experts is not None and rows:
+            rows = [len(self._experts[name]), rows[0] * len(experts[1])]
         return f"int4_g{self.group}", (*rows, words * _PER_WORD)
 
     def check(self, files: Files, name: str, shape: tuple[int, ...]) -> None:
-        rows, n = rows_of(name, shape)
+        experts = experts_of(name)
+        rows, n = rows_of(name, shape if experts is None else shape[1:])
         check_groups(name, n, self.group)
         if name in files:
             raise BadFile("a matrix is stored twice, packed and as it is", where=name)
-        packed, scale, stored_shape = self.parts(name)
-        check_part(files, packed, ("I32",), (rows, n // _PER_WORD))
-        check_part(files, scale, SCALE_DTYPES, (rows, n // self.group))
-        check_part(files, stored_shape, ("I64",), (2,))
-        stored = tuple(int(size) for size in files[stored_shape].raw(stored_shape).view("<i8"))
-        if stored != shape:
-            raise BadFile("weight_shape is not the shape", where=stored_shape, found=list(stored), expected=list(shape))
+        if experts is not None:
+            rows //= len(experts[1])
+            found = self._experts.get(name, set())
+            if len(found) != shape[0] or max(found) != shape[0] - 1:
+                raise BadFile("not the config's experts", where=name, found=len(found), expected=shape[0])
+        for matrix in self._matrices(name):
+            packed, scale, stored_shape = stored_parts(matrix)
+            check_part(files, packed, ("I32",), (rows, n // _PER_WORD))
+            check_part(files, scale, SCALE_DTYPES, (rows, n // self.group))
+            check_part(files, stored_shape, ("I64",), (2,))
+            stored = tuple(int(size) for size in files[stored_shape].raw(stored_shape).view("<i8"))
+            if stored != (rows, n):
+                raise BadFile(
+                    "weight_shape is not the shape", where=stored_shape, found=list(stored), expected=[rows, n]
+                )
 
     def grid(self, files: Files, name: str) -> str:
         return f"int4_g{self.group}"
 
     def coded_rows(self, files: Files, name: str, start: int, stop: int) -> Blocks:
-        packed, scale, _ = self.parts(name)
         grid = grids.get(self.grid(files, name))
         assert isinstance(grid, Int4)
-        raw = files[packed].read_rows(packed, start, stop)
-        codes = grid.unpack_codes(raw.reshape(len(raw), -1, self.group // 2))
-        return Blocks(codes=codes, scales=scale_rows(files, scale, start, stop))
+        codes, scales = [], []
+        for matrix, first, last in self._runs(files, name, start, stop):
+            packed, scale, _ = stored_parts(matrix)
+            raw = files[packed].read_rows(packed, first, last)
+            codes.append(grid.unpack_codes(raw.reshape(len(raw), -1, self.group // 2)))
+            scales.append(scale_rows(files, scale, first, last))
+        if len(codes) == 1:
+            return Blocks(codes=codes[0], scales=scales[0])
+        # Of float16 and float32 scales, as experts may differ, float32 holds both.
+        return Blocks(codes=np.concatenate(codes), scales=np.concatenate(scales))
+
+    def _runs(self, files: Files, name: str, start: int, stop: int) -> Iterator[tuple[str, int, int]]:
+        """The stored matrices that rows ``start`` to ``stop`` lie in, and which of theirs, in order."""
+        matrices, experts = self._matrices(name), experts_of(name)
+        if experts is None:
+            yield name, start, stop
+            return
+        part, width = stored_parts(matrices[0])[0], len(experts[1])
+        each = files[part].entries[part].shape[0]
+        for expert, which, first, last in expert_runs(start, stop, each, width):
+            yield matrices[expert * width + which], first, last
 
     def block_grid(self) -> str:
         return _BLOCK_GRID
@@ -132,6 +202,6 @@ class CompressedTensors(Scheme):
         with np.errstate(over="ignore"):
             scales = np.asarray(coded.scales).astype(np.float16)
         if not np.isfinite(scales).all():
-            raise BadFile("a scale is NaN, Inf or beyond float16", where=self.parts(name)[1])
+            raise BadFile("a scale is NaN, Inf or beyond float16", where=f"{name}_scale")
         codes = coded.codes.reshape(len(scales), -1, grid.block_size)
         return grid.pack(Blocks(codes=codes, scales=np.repeat(scales, self.group // grid.block_size, axis=1)))

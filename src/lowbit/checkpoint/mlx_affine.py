@@ -15,21 +15,31 @@ from typing import Any
 import numpy as np
 
 from lowbit import grid as grids
-from lowbit.checkpoint.packed import SCALE_DTYPES, Files, Scheme, check_groups, check_part, rows_of, scale_rows
+from lowbit.checkpoint.packed import (
+    EXPERTS,
+    SCALE_DTYPES,
+    Files,
+    Scheme,
+    check_groups,
+    check_part,
+    expert_runs,
+    experts_of,
+    rows_of,
+    scale_rows,
+)
 from lowbit.errors import BadConfig, BadFile, Unsupported
 from lowbit.grid._mlx_affine import MlxAffine
 from lowbit.grid.base import Blocks
 
 KEY, _OLD_KEY = "quantization", "quantization_config"
 _WORD_BITS = 32
-_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}  # Hugging Face's, MLX's
 
 
 def modules_of(name: str) -> tuple[str, ...]:
     """MLX's modules of Hugging Face's tensor ``name``: one, or those that share the rows of each expert evenly."""
-    base, _, last = name.rpartition(".")
-    if base.endswith(".experts") and last in _EXPERTS:
-        return tuple(f"{base}.switch_glu.{module}" for module in _EXPERTS[last])
+    experts = experts_of(name)
+    if experts is not None:
+        return tuple(f"{experts[0]}.switch_glu.{module}" for module in experts[1])
     return (name.removesuffix(".weight"),)
 
 
@@ -148,7 +158,7 @@ class Mlx(Scheme):
 def _tensor_of(module: str) -> str:
     """The inverse of ``modules_of``."""
     base, _, last = module.rpartition(".switch_glu.")
-    for name, modules in _EXPERTS.items():
+    for name, modules in EXPERTS.items():
         if base.endswith(".experts") and last in modules:
             return f"{base}.{name}"
     return f"{module}.weight"
@@ -161,9 +171,5 @@ def _runs(files: Files, name: str, start: int, stop: int) -> Iterator[tuple[str,
         yield modules[0], start, stop
         return
     each = files[f"{modules[0]}.weight"].entries[f"{modules[0]}.weight"].shape[-2]  # of an expert, in each module
-    while start < stop:
-        expert, row = divmod(start, each * len(modules))
-        which, first = divmod(row, each)
-        end = min(each, first + stop - start)
+    for expert, which, first, end in expert_runs(start, stop, each, len(modules)):
         yield modules[which], expert * each + first, expert * each + end
-        start += end - first

@@ -7,7 +7,7 @@ tensors of the folder by the names of the matrices they belong to.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -94,6 +94,28 @@ def check_groups(name: str, n: int, group: int) -> None:
     """Raises Unsupported where rows of ``n`` weights are not whole groups."""
     if n % group:
         raise Unsupported("rows are not whole groups", where=name, found=n, expected=f"a multiple of {group}")
+
+
+# A layer's experts: Hugging Face's name of their weight (experts, rows, n), and the matrices that an expert has of it
+# where its rows are shared out.
+EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+def experts_of(name: str) -> tuple[str, tuple[str, ...]] | None:
+    """Of the weight of a layer's experts 'X.experts', and the matrices that an expert has of it; None of another."""
+    base, _, last = name.rpartition(".")
+    return (base, EXPERTS[last]) if base.endswith(".experts") and last in EXPERTS else None
+
+
+def expert_runs(start: int, stop: int, each: int, matrices: int) -> Iterator[tuple[int, int, int, int]]:
+    """Where rows ``start`` to ``stop`` of experts' weight, seen as (rows, n), lie: (expert, which of its matrices,
+    first row, last row) in order. each: rows of a matrix."""
+    while start < stop:
+        expert, row = divmod(start, each * matrices)
+        which, first = divmod(row, each)
+        end = min(each, first + stop - start)
+        yield expert, which, first, end
+        start += end - first
 
 
 def scale_rows(files: Files, part: str, start: int, stop: int) -> np.ndarray:

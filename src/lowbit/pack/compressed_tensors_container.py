@@ -2,7 +2,8 @@
 vLLM load.
 
 Codes from -8 to 7 times a scale a group: those of a lattice, of a checkpoint that was trained on Q4_0 and of a GGUF's
-Q4_0 blocks stay as they are. Source: compressed_tensors/compressors/pack_quantized and config/base.py.
+Q4_0 blocks stay as they are. Source: compressed_tensors/compressors/pack_quantized and config/base.py. A layer's
+experts are written one by one, as vLLM reads them (``checkpoint.compressed_tensors``).
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from lowbit import console
 from lowbit import grid as grids
 from lowbit.checkpoint import Checkpoint
+from lowbit.checkpoint.compressed_tensors import matrices_of, stored_parts
 from lowbit.checkpoint.families.base import TensorSpec
+from lowbit.checkpoint.packed import experts_of
 from lowbit.errors import Unsupported
 from lowbit.grid._int4 import Int4
 from lowbit.grid.base import Blocks
@@ -48,12 +52,14 @@ def write(
     quantized = {name: grid for name, kind in types.items() if isinstance(grid := grids.get(kind), Int4)}
     for name, grid in quantized.items():
         shape = checkpoint.specs[name].shape
-        if len(shape) != 2 or shape[-1] % grid.block_size:
+        if len(shape) != (2 if experts_of(name) is None else 3) or shape[-1] % grid.block_size:
             raise Unsupported(
                 f"not a matrix whose rows are a multiple of {grid.block_size}, which {grid.name} needs",
                 where=name, found=list(shape), hint="Choose a float recipe such as bf16",
             )  # fmt: skip
     preferred = model_folder.preferred_dtype(checkpoint, tuple(quantized))
+    if any(map(experts_of, quantized)):
+        console.log("experts are written one by one, as vLLM reads them; transformers must be told (docs/formats.md)")
 
     def parts_of(spec: TensorSpec) -> Iterator[Part]:
         if spec.name not in quantized:
@@ -103,8 +109,8 @@ def _ignored(checkpoint: Checkpoint, quantized: Mapping[str, Int4]) -> list[str]
     return sorted({"lm_head", *modules})
 
 
-def _names(spec: TensorSpec) -> tuple[str, str, str]:
-    return f"{spec.name}_packed", f"{spec.name}_scale", f"{spec.name}_shape"
+def _names(spec: TensorSpec) -> tuple[str, ...]:
+    return tuple(part for matrix in matrices_of(spec.name, range(spec.shape[0])) for part in stored_parts(matrix))
 
 
 def _coded(
@@ -129,12 +135,26 @@ def _coded(
 def _parts(spec: TensorSpec, grid: Int4, found: list[tuple[np.ndarray, np.ndarray]], preferred: str) -> Iterator[Part]:
     scales = [part for _, part in found]
     stored = model_folder.scale_dtype(scales, [], preferred)
-    packed, scale, shape = _names(spec)
-    n_rows, n = spec.shape
-    yield Part(name=packed, dtype="I32", shape=(n_rows, n // 8), arrays=[words for words, _ in found])
-    arrays = [model_folder.as_bytes(part, stored) for part in scales]
-    yield Part(name=scale, dtype=stored, shape=(n_rows, n // grid.block_size), arrays=arrays)
-    yield Part(name=shape, dtype="I64", shape=(2,), arrays=[np.array(spec.shape, "<i8")])
+    matrices, n = matrices_of(spec.name, range(spec.shape[0])), spec.shape[-1]
+    n_rows = spec.n_rows // len(matrices)
+    words = [part for part, _ in found]
+    bytes_ = [model_folder.as_bytes(part, stored) for part in scales]
+    for i, matrix in enumerate(matrices):
+        packed, scale, shape = stored_parts(matrix)
+        start, stop = i * n_rows, (i + 1) * n_rows
+        yield Part(name=packed, dtype="I32", shape=(n_rows, n // 8), arrays=_rows(words, start, stop))
+        width = n // grid.block_size
+        yield Part(name=scale, dtype=stored, shape=(n_rows, width), arrays=_rows(bytes_, start, stop))
+        yield Part(name=shape, dtype="I64", shape=(2,), arrays=[np.array([n_rows, n], "<i8")])
+
+
+def _rows(slices: list[np.ndarray], start: int, stop: int) -> Iterator[np.ndarray]:
+    """Rows ``start`` to ``stop`` of what lies in slices of rows one after another."""
+    at = 0
+    for part in slices:
+        if at < stop and at + len(part) > start:
+            yield part[max(0, start - at) : stop - at]
+        at += len(part)
 
 
 def _recovered(rows: np.ndarray, grid: Int4, dtype: str, scales: str) -> Blocks:

@@ -106,7 +106,7 @@ def solve(items: Sequence[Sequence[tuple[int, float]]], room: int) -> list[int]:
     2^21 times into the room; else exact for sizes rounded up to the 2^21st part of it. Raises ValueError if none fits.
     """
     least = [min(size for size, _ in item) for item in items]
-    room -= sum(least)
+    room = min(room, sum(max(size for size, _ in item) for item in items)) - sum(least)  # more is of no use
     if room < 0:
         raise ValueError("no choice fits")
     extra = [[size - low for size, _ in item] for item, low in zip(items, least, strict=True)]

@@ -144,6 +144,7 @@ def make(folder: Path) -> None:
     _shard(folder / "llama", folder / "shards")
     _train(folder / "llama.gguf", folder / "trained")
     _compress(folder / "llama", folder / "compressed")
+    lowbit.pack(folder / "gemma4_moe", None, folder / "compressed_moe", to="compressed-tensors")
     _record(folder / "record")
     lowbit.pack(folder / "llama", None, folder / "mlx", to="mlx")
     _measured(folder / "llama", folder)

@@ -281,9 +281,10 @@ def trained(place: Place, choices: Choices) -> None:
 
 def compressed(place: Place, choices: Choices) -> None:
     """compressed-tensors: the scheme in config.json, the parts of the matrices."""
+    folder = choices.of(("compressed", "compressed_moe"))
     name = choices.of(("config.json", "model.safetensors"))
     change = mutate_json if name == "config.json" else mutate_safetensors
-    _use(place.put(f"compressed/{name}", change(place.good[f"compressed/{name}"], choices)).parent, place, choices)
+    _use(place.put(f"{folder}/{name}", change(place.good[f"{folder}/{name}"], choices)).parent, place, choices)
 
 
 def mlx(place: Place, choices: Choices) -> None:
