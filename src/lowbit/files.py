@@ -60,43 +60,37 @@ def lock(handle: IO[Any]) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def replacing_folder(path: str | os.PathLike[str], *, marker: str) -> Iterator[Path]:
-    """``replacing`` for a folder of files: gives an empty folder beside ``path``, which takes its name when whole.
+def check_replaceable(final: Path, marker: str) -> None:
+    """Raises OSError or CannotWrite where no folder can take this name.
 
-    A folder that is there already is replaced where it is empty or has a file called ``marker``, as one of ours has;
-    what else is in somebody's folder is not to be removed. Errors as with ``replacing``.
+    One that is there already is replaced where it is empty or has a file called ``marker``, as one of ours has; what
+    else is in somebody's folder is not to be removed.
     """
-    final = Path(path)
-    partial = final.parent / f"{final.name}.{os.getpid()}.partial"
+    if not final.name:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if final.exists() and not final.is_dir():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+    if final.is_dir() and any(final.iterdir()) and not (final / marker).is_file():
+        raise CannotWrite(
+            "a folder with other files has this name", where=final, hint="Choose another name, or remove it"
+        )
+
+
+def replace_folder(whole: Path, final: Path) -> None:
+    """Gives a folder of files its name, and removes one that has it already. Raises OSError."""
     replaced = final.parent / f"{final.name}.{os.getpid()}.old"
+    for file in whole.iterdir():
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+    if final.exists():
+        final.replace(replaced)
     try:
-        if not final.name:
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if final.exists() and not final.is_dir():
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-        if final.is_dir() and any(final.iterdir()) and not (final / marker).is_file():
-            raise CannotWrite(
-                "a folder with other files has this name", where=final, hint="Choose another name, or remove it"
-            )
-        partial.mkdir(parents=True)
-        yield partial
-        for file in partial.iterdir():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-        if final.exists():
-            final.replace(replaced)
-        try:
-            partial.replace(final)
-        except OSError:
-            if replaced.exists():
-                replaced.replace(final)
-            raise
-        shutil.rmtree(replaced, ignore_errors=True)
-    except OSError as error:
-        raise cannot_write(final, error) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        whole.replace(final)
+    except OSError:
+        if replaced.exists():
+            replaced.replace(final)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:

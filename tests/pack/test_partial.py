@@ -19,9 +19,10 @@ from lowbit import files, partial
 from lowbit.checkpoint import Checkpoint, open_checkpoint
 from lowbit.checkpoint.families.base import TensorSpec
 from lowbit.checkpoint.gguf_file import GgufFile
+from lowbit.checkpoint.safetensors_file import SafetensorsWriter
 from lowbit.errors import BadOption
-from lowbit.pack import gguf_container
-from lowbit.partial import Partial, journal_of
+from lowbit.pack import gguf_container, model_folder
+from lowbit.partial import Partial, PartialFolder, journal_of
 
 
 @pytest.fixture
@@ -365,3 +366,120 @@ def test_ctrl_c_says_that_it_goes_on(model: Path, tmp_path: Path) -> None:
     assert partial_of(out).exists() and journal_of(partial_of(out)).exists() and not out.exists()
     done = subprocess.run([sys.executable, "-m", "lowbit", *words[3:]], capture_output=True, text=True, check=True)
     assert out.exists() and not partial_of(out).exists() and not journal_of(partial_of(out)).exists()
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+FOLDERS = ["mlx", "compressed-tensors"]
+
+
+def folder_killed_at(model: Path, out: Path, to: str, calls: int) -> bool:
+    """``killed_at`` for a folder: at a system call that writes through Python."""
+    child = os.fork()
+    if not child:
+        left = calls
+
+        def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **more: Any) -> Any:
+                nonlocal left
+                left -= 1
+                if not left:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*args, **more)
+
+            return call
+
+        for name in ("fsync", "replace", "mkdir", "unlink"):
+            setattr(os, name, counted(getattr(os, name)))
+        SafetensorsWriter.add_parts = counted(SafetensorsWriter.add_parts)  # type: ignore[method-assign]
+        try:
+            lowbit.pack(model, None, out, to=to, threads=1, certificate=True)
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("to", FOLDERS)
+def test_a_folder_killed_at_many_steps(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str) -> None:
+    """Several shards; whatever a kill leaves, the next run ends with the same files and nothing beside them."""
+    monkeypatch.setattr(partial, "_NOTE_EVERY", 0.0)
+    monkeypatch.setattr(model_folder, "SHARD_BYTES", 200_000)
+    expected = files_of(lowbit.pack(model, None, tmp_path / "out", to=to, certificate=True).path)
+    assert sum(name.endswith(".safetensors") for name in expected) > 2
+    shutil.rmtree(tmp_path / "out")
+    out, seen = tmp_path / "out", set()
+    calls = 1
+    while folder_killed_at(model, out, to, calls):
+        seen.add(whole_parts(out))
+        lowbit.pack(model, None, out, to=to, certificate=True)
+        assert files_of(out) == expected, calls
+        left = {path.name for path in tmp_path.iterdir()} - {"out", "llama"}
+        assert all(name.endswith(".old") for name in left), left  # killed between two names: ours, and never in the way
+        shutil.rmtree(out)
+        calls += 5 if calls < 21 else 17
+    assert calls > 100 and len(seen) > 5
+
+
+@pytest.mark.parametrize("to", FOLDERS)
+def test_a_folder_goes_on_with_what_is_whole(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    """Interrupted after ten tensors, the next run writes the others only; but not on top of something else."""
+    monkeypatch.setattr(partial, "_NOTE_EVERY", 0.0)
+    out, real, written = tmp_path / "out", PartialFolder.finish_part, list[str]()
+
+    def finish_part(self: PartialFolder, name: str, *more: Any) -> None:
+        real(self, name, *more)
+        written.append(name)
+        if stop_at == len(written):
+            raise KeyboardInterrupt
+
+    def begun(**options: Any) -> None:
+        nonlocal stop_at
+        written.clear()
+        stop_at = 10
+        with pytest.raises(KeyboardInterrupt):
+            lowbit.pack(model, None, out, to=to, **options)
+        stop_at = -1
+        written.clear()
+
+    stop_at = -1
+    monkeypatch.setattr(PartialFolder, "finish_part", finish_part)
+    lowbit.pack(model, None, out, to=to)
+    expected, n = files_of(out), len(written)
+    shutil.rmtree(out)
+    begun()
+    lowbit.pack(model, None, out, to=to)
+    assert (len(written), files_of(out)) == (n - 10, expected)
+    shutil.rmtree(out)
+    # Cut short behind the journal's back, by one byte or by all; or begun under other options.
+    for at in (-1, None):
+        begun()
+        [shard] = partial_of(out).glob("*.safetensors")
+        size = shard.stat().st_size
+        os.truncate(shard, size + at if at else 0)
+        lowbit.pack(model, None, out, to=to)
+        assert n - 10 < len(written) <= n
+        assert files_of(out) == expected
+        shutil.rmtree(out)
+    begun(naive=True)
+    lowbit.pack(model, None, out, to=to)
+    assert (len(written), files_of(out)) == (n, expected)
+    # What has the partial folder's name and no journal is not gone on with, and an error leaves nothing.
+    shutil.rmtree(out)
+    partial_of(out).mkdir()
+    (partial_of(out) / "model.safetensors").write_bytes(b"x" * 100)
+    lowbit.pack(model, None, out, to=to)
+    assert files_of(out) == expected
+    shutil.rmtree(out)
+    monkeypatch.setattr(PartialFolder, "finish_part", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        lowbit.pack(model, None, out, to=to)
+    assert [path.name for path in tmp_path.iterdir()] == ["llama"]
+
+
+def test_two_runs_at_one_folder(model: Path, tmp_path: Path) -> None:
+    with partial.resumable_folder(tmp_path / "x", (), {}, marker="y"), pytest.raises(BadOption, match="another run"):
+        lowbit.pack(model, None, tmp_path / "x", to="mlx")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -221,7 +222,19 @@ class SafetensorsWriter:
         self._entries: dict[str, Any] = {}
         worst = {name: _header_entry("BF16", (2**40, 2**40), 2**60, 2**60) for name in names}
         self._room = -(-len(self._encode(worst)) // 8) * 8
+        handle.seek(0)
         handle.write(b"\0" * (8 + self._room))
+
+    def skip(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
+        """Counts a tensor as added that lies in the file already, where ``add`` would put it."""
+        n_bytes = math.prod(shape) * ITEM_BYTES[dtype]
+        self._entries[name] = _header_entry(dtype, shape, self._position, self._position + n_bytes)
+        self._position += n_bytes
+
+    def cut(self) -> None:
+        """Ends the file behind the tensors so far, where the next is added."""
+        self._handle.truncate(8 + self._room + self._position)
+        self._handle.seek(0, os.SEEK_END)
 
     def add(self, name: str, values: np.ndarray, dtype: str) -> None:
         """Appends one tensor; ``dtype`` is safetensors' name for the array's dtype."""

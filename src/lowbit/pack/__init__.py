@@ -85,7 +85,7 @@ def pack(
     threads: how many work at it; by default as many as there are cores for this process. The bytes do not depend on it.
 
     Some rows of a tensor are in memory at a time, and the artifact takes its name only when it is whole. Interrupted or
-    killed, the same call goes on with a GGUF from the last whole tensor (see ``partial``); a folder begins anew.
+    killed, the same call goes on from the last whole tensor (see ``lowbit.partial``).
     Raises BadFile (NaN or Inf in a tensor, an imatrix or a calibration of another model), Unsupported (tokenizer, row
     length), CannotWrite, and BadOption where the container does not have the recipe's format, no mix is small enough or
     another process writes ``out``.

@@ -77,6 +77,7 @@ def write(
         parts_of=parts_of,
         names_of=lambda spec: _names(spec) if spec.name in quantized else (spec.name,),
         written_by="pt",
+        asked={"types": dict(types), "naive": naive},
         check=check,
     )
 

@@ -65,6 +65,7 @@ def write(
         parts_of=parts_of,
         names_of=lambda spec: _names(spec) if spec.name in quantized else (spec.name,),
         written_by="mlx",
+        asked={"types": dict(types), "naive": naive},
         check=check,
     )
 

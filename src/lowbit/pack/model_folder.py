@@ -7,6 +7,8 @@ F32; a scale that gives codes their exact values is stored in a dtype that holds
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +16,17 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from lowbit import console
+from lowbit import __version__, console
 from lowbit import grid as grids
 from lowbit.checkpoint import Checkpoint
 from lowbit.checkpoint.families.base import TensorSpec
 from lowbit.checkpoint.safetensors_file import SafetensorsWriter
 from lowbit.checkpoint.write import copy_side_files
 from lowbit.errors import NotFound
-from lowbit.files import replacing_folder, write_json
+from lowbit.files import write_json
 from lowbit.pack import identify, lattice
 from lowbit.pack.rows import plain_rows, row_slices
+from lowbit.partial import PartialFolder, resumable_folder
 from lowbit.threads import in_order, keep_freed_memory, thread_count
 
 T = TypeVar("T")
@@ -54,29 +57,32 @@ def write(
     parts_of: Callable[[TensorSpec], Iterator[Part]],
     names_of: Callable[[TensorSpec], Sequence[str]],
     written_by: str,
+    asked: Mapping[str, object],
     check: Callable[[Path], None] | None,
 ) -> int:
     """Writes the folder whole or not at all, and returns the size of its safetensors in bytes.
 
     names_of: the tensors that ``parts_of`` will give for one of the model's. written_by: the safetensors' ``format``.
-    check: is given the whole folder before it takes its name.
+    asked: JSON, what else decides about the bytes. check: is given the whole folder before it takes its name.
+    Interrupted or killed, it leaves a partial folder that the next call with the same arguments goes on with.
     """
     keep_freed_memory()
-    with replacing_folder(out, marker=CERTIFICATE) as folder:
+    asked = {
+        "lowbit": __version__, "source": [file.identity for file in checkpoint.files], "format": written_by,
+        "config": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(), "asked": asked,
+    }  # fmt: skip
+    with resumable_folder(out, tuple(checkpoint.specs), asked, marker=CERTIFICATE) as partial:
+        folder = partial.path
+        if partial.done:
+            console.log(f"{out}: going on, {len(partial.done)} of {len(checkpoint.specs)} tensors are there")
         shards = _shards(checkpoint.specs.values())
         weight_map: dict[str, str] = {}
         size = 0
         with console.progress("Packing", checkpoint.n_weights, "weights") as bar:
             for file_name, specs in shards.items():
-                with open(folder / file_name, "wb") as handle:
-                    names = [name for spec in specs for name in names_of(spec)]
-                    writer = SafetensorsWriter(handle, names, {"format": written_by})
-                    for spec in specs:
-                        for part in parts_of(spec):
-                            writer.add_parts(part.name, part.shape, part.dtype, part.arrays)
-                            weight_map[part.name] = file_name
-                        bar.advance(_n_weights(spec))
-                    writer.finish()
+                names = [name for spec in specs for name in names_of(spec)]
+                weight_map |= dict.fromkeys(names, file_name)
+                _write_shard(partial, folder / file_name, specs, names, written_by, parts_of, bar)
                 size += (folder / file_name).stat().st_size
         if len(shards) > 1:
             index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
@@ -86,6 +92,35 @@ def write(
         if check is not None:
             check(folder)
     return size
+
+
+def _write_shard(
+    partial: PartialFolder,
+    path: Path,
+    specs: Sequence[TensorSpec],
+    names: Sequence[str],
+    written_by: str,
+    parts_of: Callable[[TensorSpec], Iterator[Part]],
+    bar: console.Progress,
+) -> None:
+    """One file of tensors, from where an earlier run has left it."""
+    with open(path, "r+b" if path.exists() else "w+b") as handle:
+        writer = SafetensorsWriter(handle, names, {"format": written_by})
+        missing = [spec for spec in specs if spec.name not in partial.done]
+        for spec in specs[: len(specs) - len(missing)]:
+            for name, dtype, shape in partial.done[spec.name]:
+                writer.skip(name, dtype, tuple(shape))
+            bar.advance(_n_weights(spec))
+        writer.cut()
+        for spec in missing:
+            told = []
+            for part in parts_of(spec):
+                writer.add_parts(part.name, part.shape, part.dtype, part.arrays)
+                told.append((part.name, part.dtype, part.shape))
+            partial.finish_part(spec.name, handle, told)
+            bar.advance(_n_weights(spec))
+        partial.note(handle)
+        writer.finish()
 
 
 def each_slice(spec: TensorSpec, job: Callable[[int, int], T], threads: int | None) -> list[T]:
