@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("artifacts", metavar="ARTIFACT", nargs="+", help="GGUF files, MLX or Hugging Face folders")
+    parser.add_argument(
+        "artifacts", metavar="ARTIFACT", nargs="+", help="GGUF files, MLX or Hugging Face folders, URLs"
+    )
     parser.add_argument("--against", metavar="REFERENCE", help="a GGUF of high precision or a MODEL")
     parser.add_argument(
         "--reference-cache",
@@ -39,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--reference-runtime",
         metavar="NAME",
         help="run the reference there (default: what a file is for; a MODEL in the first artifact's)",
+    )
+    parser.add_argument("--model", metavar="NAME", help="of a URL: the model's name there (default: the only one)")
+    parser.add_argument("--api-key-env", metavar="VARIABLE", help="of a URL: where its API key is (OPENAI_API_KEY)")
+    parser.add_argument(
+        "--top-logprobs", type=positive, default=100, metavar="K", help="of a URL: most likely tokens (default: 100)"
     )
     parser.add_argument("--text", metavar="FILE", help="held-out text, UTF-8")
     parser.add_argument("--chunk", type=positive, default=512, metavar="N", help="tokens a chunk (default: 512)")
@@ -103,6 +110,9 @@ def run(args: argparse.Namespace) -> int:
         threads=args.threads,
         runtime=args.runtime,
         reference_runtime=args.reference_runtime,
+        model=args.model,
+        api_key_env=args.api_key_env,
+        top_logprobs=args.top_logprobs,
         speed=costs,
         memory=costs,
         cache_error=args.cache_error,

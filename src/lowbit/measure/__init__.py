@@ -20,7 +20,7 @@ from lowbit.measure import fidelity, long, opening, passes
 from lowbit.measure.bootstrap import Bootstrap
 from lowbit.measure.kv import KvOptions
 from lowbit.measure.pairs import pairs, perplexity_against
-from lowbit.measure.record import Figure, machine
+from lowbit.measure.record import as_json, machine
 from lowbit.measure.retrieval import RetrievalOptions
 from lowbit.measure.sketch import Divergence
 from lowbit.measure.slot_speed import SpeedOptions
@@ -28,6 +28,7 @@ from lowbit.measure.speed import probe
 from lowbit.measure.tasks import TaskOptions, open_tasks
 from lowbit.measure.tasks import model_of as task_model
 from lowbit.measure.tasks import run as run_tasks
+from lowbit.run.openai import OpenAi
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,9 @@ class MeasureOptions:
     repeats:       how often the speed run is repeated, at least 2
     prompt_tokens, generate_tokens: its lengths; the prompt is at most a chunk
     resamples, seed: of the bootstrap
+    model, api_key_env: of endpoints: the model's name there, the environment variable with the API key
+    top_logprobs:  how many of its most likely tokens an endpoint is asked for, at each of
+    endpoint_places: of every chunk
     cache_error:   nats that a reference cache may add to the mean KLD; the result says where its bound is larger
     kv, retrieval, speed_at: what else to measure, by the options of it: KV cache types, facts to find in long texts,
                    speed against context depth and slot count
@@ -64,6 +68,10 @@ class MeasureOptions:
     generate_tokens: int = 32
     resamples: int = 1000
     seed: int = 0
+    model: str | None = None
+    api_key_env: str | None = None
+    top_logprobs: int = 100
+    endpoint_places: int = 32
     cache_error: float = 0.001
     kv: KvOptions | None = None
     retrieval: RetrievalOptions | None = None
@@ -72,7 +80,8 @@ class MeasureOptions:
 
     def __post_init__(self) -> None:
         least = {"chunk": 4, "chunks": 1, "threads": 1, "repeats": 2, "prompt_tokens": 1, "generate_tokens": 1}
-        for name, smallest in {**least, "resamples": 100}.items():
+        least |= {"resamples": 100, "top_logprobs": 1, "endpoint_places": 1}
+        for name, smallest in least.items():
             value = getattr(self, name)
             if value is not None and value < smallest:
                 raise BadOption(f"impossible {name}", found=value, expected=f"at least {smallest}")
@@ -94,7 +103,8 @@ def measure(
 ) -> dict[str, Any]:
     """Fidelity, size, memory, speed and tasks of artifacts against a reference, each run in its runtime.
 
-    artifacts: one path or several: GGUF files, MLX, compressed-tensors and Hugging Face folders
+    artifacts: one path or several: GGUF files, MLX, compressed-tensors and Hugging Face folders; and URLs of
+               OpenAI-compatible endpoints, of which less can be measured (see endpoint.py)
     against:   the reference: a GGUF file, which is run as it is (F32, F16 or BF16 for the truth about the weights), or
                a checkpoint (Hugging Face folder or name), which is computed in float32 (see opening.reference)
     text:      held-out UTF-8 text of at least one chunk of tokens; wants a reference. None leaves fidelity out, and
@@ -189,7 +199,10 @@ def _measure(
     cache: Path | None,
     options: MeasureOptions,
 ) -> dict[str, Any]:
+    local = [artifact for artifact in artifacts if not issubclass(artifact.runtime, OpenAi)]
     if cache is not None:
+        if len(local) < len(artifacts):
+            raise BadOption("an endpoint is compared with the reference itself, not with its cache", where=cache)
         found = passes.from_cache(cache, artifacts, against, text_path, options)
     else:
         assert against is not None
@@ -199,20 +212,21 @@ def _measure(
     if reference_name is not None:
         reference["path"] = reference_name
     reference["perplexity"] = bootstrap.mean(found.of_reference.nll, via=np.exp).as_json()
-    for entry, score in zip(entries, found.scores, strict=True):
+    scored = [entry for entry, artifact in zip(entries, artifacts, strict=True) if artifact in local]
+    for entry, score in zip(scored, found.scores, strict=True):
         lost = perplexity_against(found.of_reference, score, bootstrap)
-        entry["fidelity"] = _json(fidelity.figures(score, bootstrap))
+        entry["fidelity"] = as_json(fidelity.figures(score, bootstrap))
         entry["against_reference"] = {"log_perplexity_difference": lost.as_json()}
         if score.kept is not None:
             entry["kld_from_cache"] = _of_cache(score.kept, options.cache_error)
     run_too = [(reference, against)] if against is not None else []
-    run_too += zip(entries, artifacts, strict=True)
+    run_too += zip(scored, local, strict=True)
     _add_speed_and_memory(run_too, found.chunks[0], options)
     return {
         "format": "lowbit-measure/1",
         "artifacts": entries,
         "reference": reference,
-        "pairs": pairs([str(artifact.target) for artifact in artifacts], found.scores, bootstrap),
+        "pairs": pairs([str(artifact.target) for artifact in local], found.scores, bootstrap),
         "text": {
             "path": str(text_path),
             "name": text_path.name,
@@ -256,19 +270,15 @@ def _add_speed_and_memory(
                 speed=options.speed,
             )
             if options.memory:
-                entry["memory"] = _json({"peak_bytes": found.peak_bytes, "baseline_bytes": found.baseline_bytes})
+                entry["memory"] = as_json({"peak_bytes": found.peak_bytes, "baseline_bytes": found.baseline_bytes})
             if options.speed:
-                entry["speed"] = _json(
+                entry["speed"] = as_json(
                     {
                         "prompt_tokens_per_second": found.prompt_tokens_per_second,
                         "generation_tokens_per_second": found.generation_tokens_per_second,
                     }
                 )
             bar.update(i + 1)
-
-
-def _json(figures: dict[str, Figure] | dict[str, Figure | None]) -> dict[str, Any]:
-    return {name: figure.as_json() if figure else None for name, figure in figures.items()}
 
 
 verbs.make_callable(__name__)

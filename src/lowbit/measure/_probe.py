@@ -39,14 +39,21 @@ def main() -> None:
 
 def peak_bytes() -> int:
     """The most memory this process ever had resident."""
-    try:
-        # Not ru_maxrss: Linux starts that at the size of the process that started this one.
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    # Not ru_maxrss first: Linux starts that at the size of the process that started this one.
+    if found := peak_bytes_of("self"):
+        return found
     import resource  # not on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_bytes_of(pid: int | str) -> int | None:
+    """The most memory a process ever had resident, file mappings included; None where the system does not tell."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None

@@ -11,11 +11,12 @@ import numpy as np
 
 from lowbit import console, files
 from lowbit.errors import BadFile, BadOption
-from lowbit.measure import fidelity, opening, reference_cache
+from lowbit.measure import endpoint, fidelity, opening, reference_cache
 from lowbit.measure.fidelity import Scores
 from lowbit.measure.reference_cache import Header, ReferenceCache
 from lowbit.measure.text import Text, chunks_of, read_text
 from lowbit.run.base import Runtime
+from lowbit.run.openai import OpenAi
 from lowbit.threads import thread_count
 
 _OTHER = "Remove it or name another file to have one made, or measure what it was made for"
@@ -27,7 +28,7 @@ class Pass:
 
     reference, artifacts: what the models say of themselves (opening.described)
     chunks:               int32 (n, chunk)
-    of_reference, scores: of the reference and of each artifact
+    of_reference, scores: of the reference and of each artifact that gives logits
     """
 
     reference: dict[str, Any]
@@ -38,26 +39,36 @@ class Pass:
     scores: list[Scores]
 
 
-class Asked(opening.Asked, Protocol):
+class Asked(opening.Asked, endpoint.Asked, Protocol):
     """What of MeasureOptions decides how a pass is run."""
 
+    @property
+    def chunk(self) -> int: ...
     @property
     def chunks(self) -> int | None: ...
 
 
 def together(artifacts: list[opening.Artifact], against: opening.Artifact, text_path: Path, asked: Asked) -> Pass:
-    """All models are open and run in step: the KLD is exact."""
+    """All models are open and run in step: the KLD is exact. Endpoints are asked after that, one after the other, what
+    they can be asked (``endpoint``); their entries have it in them already."""
     with contextlib.ExitStack() as stack:
         reference = stack.enter_context(against.open())
         text, chunks = _cut(reference, text_path, asked)
         models = [stack.enter_context(artifact.open()) for artifact in artifacts]
-        for model in models:
-            opening.check_same_tokens(model, reference, text)
-        with console.progress("Measuring fidelity", total=len(chunks) * (1 + len(models))) as bar:
-            of_reference, scores = fidelity.score(reference, models, chunks, bar.update, thread_count(asked.threads))
+        local = [model for model in models if not isinstance(model, OpenAi)]
+        for model in local:
+            opening.check_vocabulary(model, reference)
+            opening.check_tokens(model, reference, text)
+        with console.progress("Measuring fidelity", total=len(chunks) * (1 + len(local))) as bar:
+            of_reference, scores = fidelity.score(reference, local, chunks, bar.update, thread_count(asked.threads))
+        entries = [opening.described(model) for model in models]
+        for entry, model in zip(entries, models, strict=True):
+            if isinstance(model, OpenAi):
+                with console.progress(f"Asking {model.url}", total=len(chunks)) as bar:
+                    entry |= endpoint.measured(model, reference, text, chunks, asked, bar.update)
         return Pass(
             reference=opening.described(reference),
-            artifacts=[opening.described(model) for model in models],
+            artifacts=entries,
             text=text,
             chunks=chunks,
             of_reference=of_reference,

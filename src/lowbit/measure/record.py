@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -45,6 +46,11 @@ def repeated(values: list[float], unit: str) -> Figure:
     t = _T95[len(values) - 2] if len(values) - 2 < len(_T95) else 1.96
     half = t * float(np.std(values, ddof=1)) / len(values) ** 0.5
     return Figure(value=mean, low=max(0.0, mean - half), high=mean + half, unit=unit, n=len(values))
+
+
+def as_json(figures: Mapping[str, Figure | None]) -> dict[str, Any]:
+    """Figures by name as JSON, None where one is not known."""
+    return {name: figure.as_json() if figure else None for name, figure in figures.items()}
 
 
 def machine() -> dict[str, Any]:

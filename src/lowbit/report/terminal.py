@@ -43,7 +43,7 @@ def show_measurement(measured: Mapping[str, Any], stream: IO[str]) -> None:
     console = _console(stream)
     _print_artifacts(console, view.measured_artifacts(dict(measured)), by_file=True)
     _print_verdicts(console, verdicts.of(dict(measured)))
-    for line in verdicts.of_cache(dict(measured)):
+    for line in [*view.not_measured(dict(measured)), *verdicts.of_cache(dict(measured))]:
         console.print(_plain(line))
     long_tables.show(console, long_view.build(measured))
     task_tables.show(console, dict(measured))
@@ -96,6 +96,8 @@ def _print_artifacts(console: Console, artifacts: list[view.Artifact], *, by_fil
 
 def _artifact_table(artifacts: list[view.Artifact], *, by_file: bool = False) -> Table:
     table = _table("", *(a.file if by_file else a.title for a in artifacts))
+    if any(a.runtime for a in artifacts):
+        table.add_row("Runtime", *(_plain(a.runtime or MISSING) for a in artifacts))
     for key, (name, _, _) in view.METRICS.items():
         if any(key in a.fidelity for a in artifacts):
             table.add_row(name, *(_cell(a.fidelity.get(key)) for a in artifacts))

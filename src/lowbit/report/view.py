@@ -21,22 +21,29 @@ TITLES = {"reference": "reference", "naive": "naive Q4_0", "calibrated": "calibr
 METRICS = {
     "perplexity": ("Perplexity", "", False),
     "kld_mean": ("Mean KLD", "nats per token", False),
+    "kld_lower_bound": ("Mean KLD, at least", "nats per token; all that an endpoint's log-probabilities tell", False),
     "kld_median": ("Median KLD", "nats per token", False),
     "kld_p99": ("99th percentile KLD", "nats per token", False),
     "top1": ("Top-1 agreement", "with the reference", True),
     "rms_delta_p": ("RMS Δp", "of the right token's probability", True),
 }
-SPEEDS = {"prompt_tokens_per_second": "Prompt, tokens/s", "generation_tokens_per_second": "Generation, tokens/s"}
+SPEEDS = {
+    "time_to_first_token": "Time to first token, s",
+    "prompt_tokens_per_second": "Prompt, tokens/s",
+    "generation_tokens_per_second": "Generation, tokens/s",
+}
 PHASES = {"nearest": "rounded to nearest", "calibrated": "calibrated rounding", "distilled": "distillation"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Artifact:
-    """One measured file. fidelity, speed: figures by name; a figure that cannot be shown is absent."""
+    """One measured file, or an endpoint. fidelity, speed: figures by name; a figure that cannot be shown is absent.
+    runtime: what it ran in, "" where the record does not say."""
 
     role: str
     title: str
     file: str
+    runtime: str
     size_bytes: float | None
     bits_per_weight: float | None
     fidelity: dict[str, Figure]
@@ -114,6 +121,11 @@ class View:
     grids: list[tuple[str, str]]
     long: long_view.LongView
     left_out: list[str] = field(default_factory=list)
+
+    @property
+    def runtimes(self) -> str:
+        """What the files ran in; records of before runtimes were named are llama.cpp's."""
+        return " or ".join(sorted({a.runtime or "llama.cpp" for a in self.artifacts}))
 
     def artifact(self, role: str) -> Artifact | None:
         return next((a for a in self.artifacts if a.role == role), None)
@@ -216,9 +228,11 @@ def _artifacts(measured: dict[str, Any], files: dict[str, Any], machine: bool, l
         entries.insert(0, ({**reference, "fidelity": {"perplexity": reference.get("perplexity")}}, "reference"))
     found = []
     for entry, role in entries:
-        file = Path(text(entry.get("path"))).name
+        file = _file_name(entry)
         known = mapping(files.get(file))
-        if not machine or not (text(entry.get("sha256")) or text(known.get("sha256"))):
+        runtime = text(mapping(entry.get("runtime")).get("name"))
+        endpoint = runtime == "openai"  # what it runs cannot be hashed
+        if not machine or not (endpoint or text(entry.get("sha256")) or text(known.get("sha256"))):
             missing = "machine" if not machine else "hash"
             left_out.append(f"The figures of {file or 'an artifact'}: the record does not give the {missing}.")
             continue
@@ -228,6 +242,7 @@ def _artifacts(measured: dict[str, Any], files: dict[str, Any], machine: bool, l
                 role=role,
                 title=TITLES.get(role, role),
                 file=file,
+                runtime=_runtime(entry),
                 size_bytes=number(entry.get("size_bytes", known.get("size_bytes"))),
                 bits_per_weight=number(entry.get("bits_per_weight", known.get("bits_per_weight"))),
                 fidelity=_figures(entry.get("fidelity"), {key: percent for key, (_, _, percent) in METRICS.items()}),
@@ -237,6 +252,28 @@ def _artifacts(measured: dict[str, Any], files: dict[str, Any], machine: bool, l
         )
     order = list(TITLES)
     return sorted(found, key=lambda a: order.index(a.role) if a.role in order else len(order))
+
+
+def _file_name(entry: dict[str, Any]) -> str:
+    """A file's name; of an endpoint the model's and the host's."""
+    path = text(entry.get("path"))
+    if path.startswith(("http://", "https://")):
+        host = path.partition("://")[2].partition("/")[0]
+        return f"{text(entry.get('model'))} at {host}".strip()
+    return Path(path).name
+
+
+def _runtime(entry: dict[str, Any]) -> str:
+    """The runtime's name; of an endpoint the server's, where it is known."""
+    runtime = mapping(entry.get("runtime"))
+    name = text(runtime.get("name"))
+    return (text(runtime.get("version")) or "endpoint") if name == "openai" else name
+
+
+def not_measured(measured: dict[str, Any]) -> list[str]:
+    """A line for each artifact of which something could not be measured."""
+    entries = map(mapping, sequence(measured.get("artifacts")))
+    return [f"{_file_name(entry)}: no {said}" for entry in entries if (said := text(entry.get("not_measured")))]
 
 
 def measured_artifacts(measured: dict[str, Any]) -> list[Artifact]:

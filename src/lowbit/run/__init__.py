@@ -20,7 +20,7 @@ from lowbit.errors import BadFile, BadOption, NotFound, Unsupported
 if TYPE_CHECKING:
     from lowbit.run.base import Runtime
 
-__all__ = ["discover", "existing", "get", "open_artifact", "options_of", "runtime_for", "runtimes"]
+__all__ = ["discover", "existing", "get", "is_url", "open_artifact", "options_of", "runtime_for", "runtimes"]
 
 
 def open_artifact(target: str | os.PathLike[str], runtime: str | None = None, **options: Any) -> Runtime:
@@ -118,14 +118,18 @@ def existing(target: str | os.PathLike[str]) -> str | Path:
     A path with a suffix may name nothing; whoever opens it says so. Raises NotFound.
     """
     from lowbit.checkpoint import resolve
-    from lowbit.run import _looks
 
-    if _looks.is_url(target):
+    if is_url(target):
         return str(target)
     path = Path(target).expanduser()
     if path.exists() or path.suffix:
         return path
     return resolve(os.fspath(target))
+
+
+def is_url(target: str | os.PathLike[str]) -> bool:
+    """An http(s) URL?"""
+    return isinstance(target, str) and target.lower().startswith(("http://", "https://"))
 
 
 def _who_runs(target: str | os.PathLike[str]) -> str:

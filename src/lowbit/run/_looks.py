@@ -10,11 +10,7 @@ from typing import Any
 from lowbit.checkpoint.model import read_json
 from lowbit.checkpoint.safetensors_file import SafetensorsFile
 from lowbit.errors import BadConfig, LowbitError
-
-
-def is_url(target: str | os.PathLike[str]) -> bool:
-    """An http(s) URL?"""
-    return isinstance(target, str) and target.lower().startswith(("http://", "https://"))
+from lowbit.run import is_url
 
 
 def is_file_of(target: str | os.PathLike[str], suffix: str, magic: bytes) -> bool:

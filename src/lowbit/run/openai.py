@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from lowbit.errors import BadOption, RuntimeFailed, Unsupported
-from lowbit.run import _looks, _tokens
+from lowbit.run import _tokens, is_url
 from lowbit.run._completion import Completion, TokenLogprob, entries, read_completion
 from lowbit.run._http import Http, HttpFailed, key_for
 from lowbit.run.base import Runtime, Suits, check_sampling
@@ -48,7 +48,7 @@ class OpenAi(Runtime):
 
     @classmethod
     def suits(cls, target: str | os.PathLike[str]) -> Suits:
-        return Suits.BY_DEFAULT if _looks.is_url(target) else Suits.NO
+        return Suits.BY_DEFAULT if is_url(target) else Suits.NO
 
     @classmethod
     def installed(cls) -> str | None:
@@ -72,6 +72,7 @@ class OpenAi(Runtime):
         meta = next((entry.get("meta") for entry in self._listed if entry.get("id") == self.model), None)
         self._meta: Mapping[str, Any] = meta if isinstance(meta, dict) else {}
         self.context = self._context_of()
+        self._plain: int | None = None  # a token of whole characters
 
     def close(self) -> None:
         self._http.close()
@@ -146,12 +147,35 @@ class OpenAi(Runtime):
 
         Raises HttpFailed, also where the stream breaks off.
         """
+        for text, _ in self.stream_counted(prompt, max_tokens, **body):
+            if text:
+                yield text
+
+    def stream_counted(
+        self,
+        prompt: str | Sequence[int],
+        max_tokens: int = 16,
+        *,
+        ignore_end: bool = False,
+        cached: bool = True,
+        **body: Any,
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """As stream, with "usage" where an event has it (the last, whose text is empty) and {} elsewhere.
+
+        ignore_end: go on after an end of text, where the server is known to be able to
+        cached:     False reads the prompt anew, where the server can be told so
+        """
         given = prompt if isinstance(prompt, str) else [int(t) for t in prompt]
-        options = self._body(prompt=given, max_tokens=max_tokens, stream=True, temperature=0.0) | body
-        for event in self._http.stream(f"{self._v1}/completions", options):
-            for choice in _choices(event):
-                if isinstance(text := choice.get("text"), str) and text:
-                    yield text
+        options = self._body(prompt=given, max_tokens=max_tokens, stream=True, temperature=0.0)
+        options["stream_options"] = {"include_usage": True}
+        if ignore_end and self.server in ("llama-server", "vllm"):
+            options["ignore_eos"] = True
+        if not cached and self.server == "llama-server":
+            options["cache_prompt"] = False
+        for event in self._http.stream(f"{self._v1}/completions", options | body):
+            usage = event.get("usage")
+            texts = [text for choice in _choices(event) if isinstance(text := choice.get("text"), str)]
+            yield "".join(texts), usage if isinstance(usage, dict) else {}
 
     def ask(self, messages: Sequence[Mapping[str, Any]], max_tokens: int | None = None, **body: Any) -> dict[str, Any]:
         """POST /v1/chat/completions: the server's whole answer, checked to have a message. ``body``: further keys
@@ -250,9 +274,13 @@ class OpenAi(Runtime):
         """
         ids = [int(t) for t in tokens]
         if self.server == "llama-server":
+            # It tells no probabilities where what it samples is an end or a part of a character. They are taken from
+            # the logits before any bias, so a bias towards a plain token gets them told everywhere.
+            if self._plain is None:
+                self._plain = (self.tokenize("a", add_special=False) or [0])[-1]
             body = {
                 "prompt": ids, "n_predict": 1, "n_probs": k, "temperature": 0.0, "cache_prompt": True,
-                "samplers": ["temperature"], "post_sampling_probs": False,
+                "samplers": ["temperature"], "post_sampling_probs": False, "logit_bias": [[self._plain, 1e5]],
             }  # fmt: skip
             found = self._http.post("/completion", body)
             places = found.get("completion_probabilities") if isinstance(found, dict) else None

@@ -157,9 +157,9 @@ class Transformers(HfTokenized):
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
-        folder, options = self.path, {}
+        folder, options = self.path, dict[str, Any]()
         if not self.path.is_dir():
-            folder, options = self.path.parent, {"gguf_file": self.path.name}
+            folder, options = self.path.parent, {"gguf_file": self.path.name, **_config_of(self.path)}
         wanted = getattr(self._torch, dtype) if dtype else self._torch.float32 if options else "auto"
         logging.disable_progress_bar()
         try:
@@ -185,6 +185,19 @@ class Transformers(HfTokenized):
     def _fitting(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         self._check_open()
         return super()._fitting(tokens)
+
+
+def _config_of(path: Path) -> dict[str, Any]:
+    """{"config"} of a GGUF as lowbit reads it: transformers takes what GGUF does not store for its own defaults, as
+    Gemma 3's query_pre_attn_scalar. {} of a family that lowbit does not know."""
+    from transformers import AutoConfig
+
+    try:
+        with open_checkpoint(path) as checkpoint:
+            found = dict(checkpoint.config)
+    except LowbitError:
+        return {}
+    return {"config": AutoConfig.for_model(found.pop("model_type"), **found)}
 
 
 def _library() -> Any:
