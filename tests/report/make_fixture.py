@@ -66,6 +66,94 @@ def curve() -> list[dict[str, Any]]:
     return points
 
 
+def kv() -> dict[str, Any]:
+    cells: list[dict[str, Any]] = []
+    for kind, size, cost in (("f16", 2.0, 0.0), ("q8_0", 1.0625, 0.002), ("q4_0", 0.5625, 0.08)):
+        for context in (512, 8192):
+            of = {
+                "type": kind,
+                "context": context,
+                "sequences": 8192 // context,
+                "cache_bytes": int(size * 11520 * context),
+            }
+            bands = [
+                {
+                    "from": at - 64,
+                    "to": at,
+                    "kld": fig(0.13 + cost, 0.01, n=64),
+                    "kld_to_f16": fig(cost * at / 4096, cost / 9, n=64),
+                }
+                for at in range(context // 8, context + 1, context // 8)
+            ]
+            figures = {
+                "kld": fig(0.13 + cost, 0.012, n=2048), "kld_added": fig(cost, cost / 5, n=2048),
+                "kld_to_f16": fig(cost, cost / 8, n=2048), "top1_as_f16": fig(1 - cost, cost / 4, n=2048),
+            }  # fmt: skip
+            verdict = "no measurable difference" if cost < 0.005 else "above the limit"
+            cells.append({**of, **figures, "verdict": verdict, "by_position": bands})
+    why = ["q8_0: no measurable difference (below 0.005 nats at every context)"]
+    why.append("q4_0: changes predictions by 0.08 nats [0.07, 0.09] at 8192, above the limit of 0.02")
+    best = {
+        "type": "q8_0",
+        "limit": 0.02,
+        "context": 8192,
+        "cache_bytes": 100270080,
+        "f16_bytes": 188743680,
+        "why": why,
+    }
+    entry = {"path": "runs/smollm2-135m/model-q4_0.gguf", "cells": cells, "recommendation": best}
+    return {
+        "types": ["f16", "q8_0", "q4_0"],
+        "contexts": [512, 8192],
+        "limit": 0.02,
+        "noise": 0.005,
+        "artifacts": [entry],
+    }
+
+
+def retrieval() -> dict[str, Any]:
+    def cells(kinds: tuple[str, ...]) -> list[dict[str, Any]]:
+        made = []
+        for k, kind in enumerate(kinds):
+            for length in (512, 8192):
+                depths = []
+                for i in range(5):
+                    found = max(0.05, 0.95 - 0.15 * k - 0.1 * abs(i - 4) - length / 40000)
+                    depths.append(
+                        {"depth": i / 4, "probability": fig(found, 0.04, n=8), "choice": fig(found, 0.1, n=8)}
+                    )
+                row = {"type": kind, "length": length, "haystacks": 8, "depths": depths}
+                row |= {
+                    "probability": fig(0.6, 0.04, n=8),
+                    "choice": fig(0.62, 0.1, n=40),
+                    "greedy": fig(0.4, 0.1, n=40),
+                }
+                if k:
+                    row["against_f16"] = {
+                        "choice": fig(-0.02 * k, 0.05, n=40) | {"verdict": "no measurable difference"}
+                    }
+                made.append(row)
+        return made
+
+    entry = {"path": "runs/smollm2-135m/model-q4_0.gguf", "cells": cells(("f16", "q8_0", "q4_0"))}
+    return {"lengths": [512, 8192], "chance": 0.125, "reference": cells(("f16",)), "artifacts": [entry]}
+
+
+def speed() -> dict[str, Any]:
+    cells = []
+    for depth in (0, 1024, 4096):
+        for slots in (1, 4):
+            slower = 1 + depth / 4000
+            row = {"type": "f16", "depth": depth, "slots": slots, "prompt_tokens_per_second": fig(150 / slower, 6, n=3)}
+            row |= {"generation_tokens_per_second": fig(40 * slots**0.6 / slower, 2, n=3)}
+            row |= {
+                "first_token_seconds": fig(1.7 * slots, 0.1, n=3),
+                "generation_joules_per_token": fig(0.4, 0.02, n=3),
+            }
+            cells.append(row)
+    return {"prompt": 256, "artifacts": [{"path": "runs/smollm2-135m/model-q4_0.gguf", "cells": cells}]}
+
+
 def record() -> dict[str, Any]:
     sizes = {"reference": 271060320, "naive": 91727776, "calibrated": 91727776, "model": 91727776}
     files = {
@@ -177,6 +265,9 @@ def record() -> dict[str, Any]:
             },
             "machine": {"cpu": "Example CPU @ 2.80GHz", "cores": 2},
             "options": {"chunk": 512, "kv_type": "f16", "resamples": 1000},
+            "kv": kv(),
+            "retrieval": retrieval(),
+            "speed": speed(),
         },
     }
 

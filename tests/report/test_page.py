@@ -41,7 +41,8 @@ CONTRAST = """
   }));
 })()
 """
-SECTIONS = ["fidelity", "phases", "training", "cost", "run", "provenance", "conditions"]
+LONG = ["kv1", "retrieval", "speed1"]
+SECTIONS = ["fidelity", "phases", "training", *LONG, "cost", "run", "provenance", "conditions"]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 import lowbit
 from lowbit import report
 from lowbit.errors import BadFile, NotFound
-from lowbit.report import charts, terminal, view
+from lowbit.report import charts, long_tables, terminal, view
 from lowbit.report.figures import figure
 
 
@@ -123,6 +124,49 @@ def test_terminal_gives_the_figures_and_no_escapes(sample: dict[str, Any]) -> No
     text = stream.getvalue()
     assert "0.322 of naive" in text and "0.131" in text and "87.5 MiB" in text
     assert "\x1b" not in text and "[bold]x" in text
+
+
+def test_long_measurements_are_shown_with_their_figures(sample: dict[str, Any], run_dir: Path) -> None:
+    long = shown(sample).long
+    [kv], [speed] = long.kv, long.speed
+    assert kv.recommended == "q8_0 (95.6 MiB at 8,192 tokens; f16 takes 180.0 MiB)" and kv.curve_context == 8192
+    assert [(curve.name, len(curve.points)) for curve in kv.curves] == [("q8_0", 8), ("q4_0", 8)]
+    assert [found.file for found in long.retrieval] == ["reference", "model-q4_0.gguf"]
+    assert long.retrieval[1].depths == [0, 25, 50, 75, 100] and long.retrieval[1].asked == "8"
+    assert [curve.name for curve in speed.curves("generation")] == ["f16, 1 slot", "f16, 4 slots"]
+    assert speed.joules and speed.repeats == "3"
+    stream = io.StringIO()
+    terminal.show(sample, stream)
+    for words in (
+        "recommended KV cache: q8_0 (95.6 MiB",
+        "Facts found again by reference",
+        "J/token",
+        "above the limit",
+    ):
+        assert words in stream.getvalue()
+    del sample["measure"]["machine"]
+    assert not shown(sample).long.kv and "Facts in long texts" not in report.render(sample, run_dir)
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_tables_fit_the_terminal(sample: dict[str, Any], width: int) -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, width=width, highlight=False, markup=False)
+    long_tables.show(console, shown(sample).long)
+    assert "…" not in stream.getvalue()
+    assert max(len(line) for line in stream.getvalue().splitlines()) <= width
+
+
+def test_a_measurement_has_a_page_of_its_own(sample: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(sample["measure"]), encoding="utf-8")
+    page = lowbit.report(path)
+    assert page == tmp_path / "result.html"
+    assert 'id="kv1"' in page.read_text(encoding="utf-8") and 'id="training"' not in page.read_text(encoding="utf-8")
+    for content in ("{", "[]", '{"format": "lowbit-run/1"}'):
+        path.write_text(content, encoding="utf-8")
+        with pytest.raises(BadFile):
+            lowbit.report(path)
 
 
 JUNK = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.just([]), st.just({}))

@@ -1,4 +1,4 @@
-"""Make a run folder's report.html again from its lowbit.json, and print the table."""
+"""Make a run folder's report.html again from its lowbit.json, or the page of a measurement, and print the table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from lowbit.cli import output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_folder", metavar="DIR", help="a folder that `lowbit ship` made")
+    parser.add_argument(
+        "run_folder", metavar="DIR|FILE", help="a folder that `lowbit ship` made, or what `measure --json` wrote"
+    )
     output.add_json(parser)
 
 

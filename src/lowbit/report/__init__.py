@@ -21,7 +21,7 @@ from lowbit.units import MIB, format_bytes
 from lowbit.verbs import make_callable
 
 RECORD, PAGE = "lowbit.json", "report.html"
-FORMAT = "lowbit-run/1"
+FORMAT, MEASURED = "lowbit-run/1", "lowbit-measure/1"
 LARGEST_RECORD = 64 * MIB
 
 # The page's only script. Where the browser gives a page no clipboard, the command is selected instead.
@@ -40,33 +40,59 @@ for (const button of document.querySelectorAll("button.copy")) {
 
 
 def report(run_dir: str | os.PathLike[str]) -> Path:
-    """Writes ``report.html`` into the run folder and returns its path.
+    """Writes ``report.html`` into the run folder and returns its path; of a file that `lowbit measure --json` wrote,
+    the page beside it, with .html for its suffix.
 
     Raises NotFound if the folder holds no lowbit.json, BadFile if that is not a run's record, CannotWrite.
     """
-    folder = Path(run_dir)
-    page = render(read_record(folder), folder)
-    with replacing(folder / PAGE) as partial:
+    target = Path(run_dir)
+    folder, place = (target.parent, target.with_suffix(".html")) if target.is_file() else (target, target / PAGE)
+    page = render(read_record(target), folder)
+    with replacing(place) as partial:
         partial.write_text(page, encoding="utf-8")
-    return folder / PAGE
+    return place
 
 
 def read_record(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
-    """The run's record, lowbit.json, as it stands."""
+    """The run's record, lowbit.json, as it stands; of a file, a measurement's result as the record of a run that did
+    nothing else."""
+    if Path(run_dir).is_file():
+        return _of_measurement(Path(run_dir))
     path = Path(run_dir) / RECORD
     if not path.is_file():
         raise NotFound("not a run folder", where=run_dir, expected=f"{RECORD} in it", hint="`lowbit ship` makes one")
+    hint = "Remove it and run the same `lowbit ship` again: it writes the record anew"
+    record = _read(path, hint)
+    if record.get("format") != FORMAT:
+        found = repr(record.get("format"))
+        raise BadFile("not the record of a run", where=path, found=found, expected=f'"format": "{FORMAT}"')
+    return record
+
+
+def _of_measurement(path: Path) -> dict[str, Any]:
+    measured = _read(path, "`lowbit measure --json FILE` writes one")
+    if measured.get("format") != MEASURED:
+        found = repr(measured.get("format"))
+        raise BadFile("not the result of a measurement", where=path, found=found, expected=f'"format": "{MEASURED}"')
+    return {
+        "format": FORMAT,
+        "model": {"name": path.stem},
+        "measure": measured,
+        "machine": measured.get("machine"),
+        "options": measured.get("options"),
+    }
+
+
+def _read(path: Path, hint: str) -> dict[str, Any]:
     size = path.stat().st_size
     if size > LARGEST_RECORD:
         raise BadFile("too large for a record", where=path, found=format_bytes(size), expected="64 MiB at most")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        hint = "Remove it and run the same `lowbit ship` again: it writes the record anew"
-        raise BadFile("not JSON", where=path, found=error, expected="the record of a run", hint=hint) from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        found = record.get("format") if isinstance(record, dict) else type(record).__name__
-        raise BadFile("not the record of a run", where=path, found=repr(found), expected=f'"format": "{FORMAT}"')
+        raise BadFile("not JSON", where=path, found=error, expected="a record of lowbit's", hint=hint) from error
+    if not isinstance(record, dict):
+        raise BadFile("not a record", where=path, found=type(record).__name__, expected="a JSON object", hint=hint)
     return record
 
 
@@ -101,7 +127,7 @@ def render(record: dict[str, Any], run_dir: Path) -> str:
 
 def _plots(seen: Any) -> dict[str, dict[str, Any]]:
     """name -> {"wide": svg, "narrow": svg}; a plot without data is absent."""
-    from lowbit.report import charts
+    from lowbit.report import charts, long_charts
 
     made: dict[str, dict[str, Any]] = {}
     for width_name, width in (("wide", charts.WIDE), ("narrow", charts.NARROW)):
@@ -122,6 +148,8 @@ def _plots(seen: Any) -> dict[str, dict[str, Any]]:
         sizes = [(a.title, a.role, a.size_bytes, a.size) for a in seen.artifacts if a.size_bytes]
         if sizes:
             made.setdefault("sizes", {})[width_name] = charts.bar_plot(sizes, "file size", width=width)
+        for name, plot in long_charts.plots(seen.long, width).items():
+            made.setdefault(name, {})[width_name] = plot
     return made
 
 

@@ -57,35 +57,44 @@ def interval_plot(rows: Sequence[Row], axis: str, *, width: int = WIDE) -> Marku
     bottom = top + row_height * len(rows)
     scale = (width - left - right) / marks[-1]
 
-    parts = [_x_axis(marks, scale, left, top, bottom), _axis_title(axis, left, bottom + 40)]
+    parts = [x_axis(marks, scale, left, top, bottom), axis_title(axis, left, bottom + 40)]
     for index, row in enumerate(rows):
         y = top + row_height * index + (36 if narrow else row_height / 2)
         parts.append(_interval_row(row, left, scale, y, label_above=narrow))
     label = axis + ": " + "; ".join(f"{r.label} {r.figure.short} ({r.figure.interval})" for r in rows)
-    return _svg(width, bottom + 48, label, parts)
+    return svg(width, bottom + 48, label, parts)
 
 
 def _interval_row(row: Row, left: float, scale: float, y: float, *, label_above: bool) -> Markup:
     figure = row.figure
     low, x, high = (left + max(0.0, v) * scale for v in (figure.low, figure.value, figure.high))
     name = (
-        Markup('<text class="name" x="{}" y="{}">{}</text>').format(left, _n(y - 16), row.label)
+        Markup('<text class="name" x="{}" y="{}">{}</text>').format(left, place(y - 16), row.label)
         if label_above
         else Markup('<text class="name" text-anchor="end" x="{}" y="{}">{}</text>').format(
-            left - 14, _n(y + 5), row.label
+            left - 14, place(y + 5), row.label
         )
     )
     # A line from low to high with a cap at each end, so that a narrow interval still shows beside its mark.
-    caps = Markup("M{0} {2}V{3}M{0} {1}H{4}M{4} {2}V{3}").format(_n(low), _n(y), _n(y - 9), _n(y + 9), _n(high))
+    caps = Markup("M{0} {2}V{3}M{0} {1}H{4}M{4} {2}V{3}").format(
+        place(low), place(y), place(y - 9), place(y + 9), place(high)
+    )
     line = Markup('<path class="range s-{}" d="{}"/>').format(row.series, caps)
-    value = Markup('<text class="value" x="{}" y="{}">{}</text>').format(_n(high + 12), _n(y + 5), figure.short)
+    value = Markup('<text class="value" x="{}" y="{}">{}</text>').format(place(high + 12), place(y + 5), figure.short)
     return name + line + _mark(row.series, x, y) + value
 
 
 def _mark(series: str, x: float, y: float) -> Markup:
     shape = _SHAPES.get(series, _SHAPES["model"])
     return Markup(shape).format(
-        x=_n(x), y=_n(y), x0=_n(x - 4.5), y0=_n(y - 4.5), xa=_n(x - 6), xb=_n(x + 6), ya=_n(y - 6), yb=_n(y + 6)
+        x=place(x),
+        y=place(y),
+        x0=place(x - 4.5),
+        y0=place(y - 4.5),
+        xa=place(x - 6),
+        xb=place(x + 6),
+        ya=place(y - 6),
+        yb=place(y + 6),
     )
 
 
@@ -100,14 +109,18 @@ def bar_plot(rows: Sequence[tuple[str, str, float, str]], axis: str, *, width: i
         anchor, x, y_name = ("start", left, y - 15) if narrow else ("end", left - 14, y + 5)
         length = max(1.0, value * scale)
         parts += [
-            Markup('<text class="name" text-anchor="{}" x="{}" y="{}">{}</text>').format(anchor, x, _n(y_name), name),
-            Markup('<rect class="bar s-{}" x="{}" y="{}" width="{}" height="16" rx="2"/>').format(
-                series, left, _n(y - 8), _n(length)
+            Markup('<text class="name" text-anchor="{}" x="{}" y="{}">{}</text>').format(
+                anchor, x, place(y_name), name
             ),
-            Markup('<text class="value" x="{}" y="{}">{}</text>').format(_n(left + length + 8), _n(y + 5), printed),
+            Markup('<rect class="bar s-{}" x="{}" y="{}" width="{}" height="16" rx="2"/>').format(
+                series, left, place(y - 8), place(length)
+            ),
+            Markup('<text class="value" x="{}" y="{}">{}</text>').format(
+                place(left + length + 8), place(y + 5), printed
+            ),
         ]
     label = axis + ": " + "; ".join(f"{name} {printed}" for name, _, _, printed in rows)
-    return _svg(width, top + row_height * len(rows) + 6, label, parts)
+    return svg(width, top + row_height * len(rows) + 6, label, parts)
 
 
 def curve_plot(
@@ -119,51 +132,52 @@ def curve_plot(
     y_marks = ticks(max(y for _, y in [*loss, *kld]), 5)
     x_scale, y_scale = (width - left - right) / x_marks[-1], (bottom - top) / y_marks[-1]
 
-    parts = [_x_axis(x_marks, x_scale, left, top, bottom, lines=False)]
+    parts = [x_axis(x_marks, x_scale, left, top, bottom, lines=False)]
     for mark in y_marks:
         y = bottom - mark * y_scale
-        parts.append(Markup('<path class="grid" d="M{} {}H{}"/>').format(left, _n(y), width - right))
+        parts.append(Markup('<path class="grid" d="M{} {}H{}"/>').format(left, place(y), width - right))
         parts.append(
             Markup('<text class="tick" text-anchor="end" x="{}" y="{}">{}</text>').format(
-                left - 8, _n(y + 4), tick_label(mark)
+                left - 8, place(y + 4), tick_label(mark)
             )
         )
     parts.append(Markup('<text class="axis" x="4" y="14">nats per token</text>'))
-    parts.append(_axis_title("minutes of training", left, bottom + 40))
+    parts.append(axis_title("minutes of training", left, bottom + 40))
 
     ends = []
     for name, series, points in (("loss", "loss", loss), ("KLD, held out", "model", kld)):
         if not points:
             continue
         places = [(left + x * x_scale, bottom - max(0.0, y) * y_scale) for x, y in points]
-        path = "M" + "L".join(f"{_n(x)} {_n(y)}" for x, y in places)
+        path = "M" + "L".join(f"{place(x)} {place(y)}" for x, y in places)
         parts.append(Markup('<path class="line s-{}" d="{}"/>').format(series, path))
         if series == "model" and len(places) <= 40:
             parts += [
-                Markup('<circle class="mark s-model" cx="{}" cy="{}" r="3.5"/>').format(_n(x), _n(y)) for x, y in places
+                Markup('<circle class="mark s-model" cx="{}" cy="{}" r="3.5"/>').format(place(x), place(y))
+                for x, y in places
             ]
         ends.append([places[-1][1], places[-1][0], name, series])
-    parts += _end_labels(ends)
-    return _svg(width, height, "Training loss and KLD against minutes", parts)
+    parts += end_labels(ends)
+    return svg(width, height, "Training loss and KLD against minutes", parts)
 
 
-def _end_labels(ends: list[list[Any]]) -> list[Markup]:
+def end_labels(ends: list[list[Any]]) -> list[Markup]:
     """Each line's name at its right end, pushed apart if they would touch."""
     ends.sort()
     for above, below in itertools.pairwise(ends):
         below[0] = max(below[0], above[0] + 17)
     return [
-        Markup('<text class="name t-{}" x="{}" y="{}">{}</text>').format(series, _n(x + 8), _n(y + 4), name)
+        Markup('<text class="name t-{}" x="{}" y="{}">{}</text>').format(series, place(x + 8), place(y + 4), name)
         for y, x, name, series in ends
     ]
 
 
-def _x_axis(
+def x_axis(
     marks: Sequence[float], scale: float, left: float, top: float, bottom: float, *, lines: bool = True
 ) -> Markup:
     out = Markup("")
     for mark in marks:
-        x = _n(left + mark * scale)
+        x = place(left + mark * scale)
         if lines:
             out += Markup('<path class="grid" d="M{} {}V{}"/>').format(x, top, bottom)
         anchor = "start" if mark == marks[0] and left < 20 else "middle"
@@ -173,15 +187,15 @@ def _x_axis(
     return out
 
 
-def _axis_title(title: str, x: float, y: float) -> Markup:
-    return Markup('<text class="axis" x="{}" y="{}">{}</text>').format(_n(x), _n(y), title)
+def axis_title(title: str, x: float, y: float) -> Markup:
+    return Markup('<text class="axis" x="{}" y="{}">{}</text>').format(place(x), place(y), title)
 
 
-def _svg(width: float, height: float, label: str, parts: Sequence[Markup]) -> Markup:
+def svg(width: float, height: float, label: str, parts: Sequence[Markup]) -> Markup:
     return Markup('<svg role="img" aria-label="{}" viewBox="0 0 {} {}" width="{}" height="{}">{}</svg>').format(
-        label, width, _n(height), width, _n(height), Markup("").join(parts)
+        label, width, place(height), width, place(height), Markup("").join(parts)
     )
 
 
-def _n(value: float) -> str:
+def place(value: float) -> str:
     return f"{value:.1f}".rstrip("0").rstrip(".")

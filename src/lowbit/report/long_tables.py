@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lowbit.report.figures import MISSING, Figure
-from lowbit.report.long_view import KvFile, LongView, RetrievalFile
+from lowbit.report.long_view import KvFile, LongView, RetrievalFile, SpeedFile
 from lowbit.report.tables import cell, new_table, plain
 
 _NARROW = 110
@@ -18,6 +18,8 @@ def show(console: Console, seen: LongView) -> None:
         _show_kv(console, of_file, seen)
     for found in seen.retrieval:
         _show_retrieval(console, found)
+    for timed in seen.speed:
+        _show_speed(console, timed)
 
 
 def _show_kv(console: Console, found: KvFile, seen: LongView) -> None:
@@ -37,7 +39,7 @@ def _show_kv(console: Console, found: KvFile, seen: LongView) -> None:
     if found.recommended:
         console.print(plain(f"recommended KV cache: {found.recommended}"))
     for line in found.why:
-        console.print(plain(f"  {line}"), soft_wrap=True)
+        console.print(plain(f"  {line}"))
     counts = {row.context: (row.sequences, row.to_f16.n) for row in found.rows if row.to_f16}
     scored = "; ".join(f"{n:,} positions in {k} of {context:,}" for context, (k, n) in counts.items())
     console.print(plain(f"nats a token, 95% intervals; scored: {scored} tokens"), style="dim")
@@ -59,9 +61,23 @@ def _show_retrieval(console: Console, found: RetrievalFile) -> None:
         overall = _heat(row.probability or row.choice)
         grid.add_row(plain(row.type), f"{row.length:,}", *cells, overall, _heat(row.greedy), *said)
     console.print(grid)
-    counts = sorted({place.choice.n for row in found.rows for place in row.places if place.choice})
-    facts = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}" if counts else ""
-    console.print(plain(f"95% intervals; {facts} facts at each place"), style="dim")
+    console.print(plain(f"95% intervals; {found.asked} facts at each place"), style="dim")
+    console.print()
+
+
+def _show_speed(console: Console, found: SpeedFile) -> None:
+    console.print(plain(f"Speed of {found.file} behind a context, all slots together"), style="bold")
+    wide = console.width >= _NARROW
+    more = (["cold, s"] if wide else []) + (["J/token"] if found.joules else [])
+    names = ("prompt, t/s", "generation, t/s", "first token, s") if wide else ("prompt", "generation", "first, s")
+    grid = new_table("KV cache", "depth", "slots", *names, *more)
+    for row in found.rows:
+        figures = [row.prompt, row.generation, row.first_token, *([row.cold] if wide else [])]
+        figures += [row.joules] if found.joules else []
+        grid.add_row(plain(row.type), f"{row.depth:,}", str(row.slots), *(cell(figure) for figure in figures))
+    console.print(grid)
+    said = f"prompt and generation in tokens a second; first token: of a prompt of {found.prompt} tokens a slot"
+    console.print(plain(f"95% intervals of {found.repeats} fresh processes; {said}"), style="dim")
     console.print()
 
 

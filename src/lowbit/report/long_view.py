@@ -80,6 +80,55 @@ class RetrievalFile:
     chance: str
     rows: list[RetrievalRow]
 
+    @property
+    def asked(self) -> str:
+        """How many facts each place rests on."""
+        counts = sorted({place.choice.n for row in self.rows for place in row.places if place.choice})
+        return " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1]))) if counts else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedRow:
+    """One cache at one depth with so many slots. prompt, generation: tokens a second of all slots; first_token: seconds
+    with the depth in the cache; cold: seconds from nothing; joules: a generated token."""
+
+    type: str
+    depth: int
+    slots: int
+    prompt: Figure | None
+    generation: Figure | None
+    first_token: Figure | None
+    cold: Figure | None
+    joules: Figure | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedFile:
+    """prompt: tokens that each slot reads when it is timed."""
+
+    file: str
+    prompt: str
+    rows: list[SpeedRow]
+
+    @property
+    def joules(self) -> bool:
+        return any(row.joules for row in self.rows)
+
+    @property
+    def repeats(self) -> str:
+        counts = sorted({row.generation.n for row in self.rows if row.generation})
+        return " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1]))) if counts else ""
+
+    def curves(self, what: str) -> list[Curve]:
+        """``what`` ("prompt", "generation") against depth, a line for each cache and slot count."""
+        lines: dict[str, list[tuple[float, Figure]]] = {}
+        for row in self.rows:
+            if (figure := getattr(row, what)) is not None:
+                name = f"{row.type}, {row.slots} slot{'s' if row.slots > 1 else ''}"
+                lines.setdefault(name, []).append((float(row.depth), figure))
+        curves = [Curve(name=name, points=sorted(points, key=lambda p: p[0])) for name, points in lines.items()]
+        return [curve for curve in curves if len(curve.points) > 1]
+
 
 @dataclass(frozen=True, kw_only=True)
 class LongView:
@@ -89,16 +138,14 @@ class LongView:
     limit: str
     noise: str
     retrieval: list[RetrievalFile]
-
-    def __bool__(self) -> bool:
-        return bool(self.kv or self.retrieval)
+    speed: list[SpeedFile]
 
 
 def build(measured: Any) -> LongView:
     """Reads a `lowbit measure` result; never raises on what it may hold."""
     measured = mapping(measured)
     vouched = bool(mapping(measured.get("machine")))
-    kv, retrieval = (mapping(measured.get(key)) if vouched else {} for key in ("kv", "retrieval"))
+    kv, retrieval, speed = (mapping(measured.get(key)) if vouched else {} for key in ("kv", "retrieval", "speed"))
     chance = number(retrieval.get("chance"))
     said = f"{100 * chance:.3g} %" if chance is not None else ""
     files = [_retrieval_file(entry, said) for entry in map(mapping, _some(retrieval.get("artifacts")))]
@@ -110,6 +157,11 @@ def build(measured: Any) -> LongView:
         limit=f"{limit:g}" if limit is not None else "",
         noise=f"{noise:g}" if noise is not None else "",
         retrieval=[found for found in files if found.rows],
+        speed=[
+            timed
+            for entry in map(mapping, _some(speed.get("artifacts")))
+            if (timed := _speed_file(entry, number(speed.get("prompt")))).rows
+        ],
     )
 
 
@@ -189,6 +241,27 @@ def _retrieval_row(cell: dict[str, Any]) -> RetrievalRow:
         greedy=figure(cell.get("greedy"), percent=True),
         verdict=text(against.get("verdict")),
     )
+
+
+def _speed_file(entry: dict[str, Any], prompt: float | None) -> SpeedFile:
+    rows = [
+        SpeedRow(
+            type=text(cell.get("type")),
+            depth=int(depth),
+            slots=int(slots),
+            prompt=figure(cell.get("prompt_tokens_per_second")),
+            generation=figure(cell.get("generation_tokens_per_second")),
+            first_token=figure(cell.get("first_token_seconds")),
+            cold=figure(cell.get("first_token_seconds_cold")),
+            joules=figure(cell.get("generation_joules_per_token")),
+        )
+        for cell in map(mapping, _some(entry.get("cells"), _MOST * _MOST))
+        if (depth := number(cell.get("depth"))) is not None
+        and (slots := number(cell.get("slots"))) is not None
+        and depth >= 0
+    ]
+    name = Path(text(entry.get("path"))).name
+    return SpeedFile(file=name, prompt=f"{prompt:,.0f}" if prompt is not None else "", rows=rows)
 
 
 def _some(value: Any, most: int = _MOST) -> list[Any]:

@@ -240,7 +240,7 @@ def _artifacts(measured: dict[str, Any], files: dict[str, Any], machine: bool, l
         found.append(
             Artifact(
                 role=role,
-                title=TITLES.get(role, role),
+                title=TITLES.get(role, file),
                 file=file,
                 runtime=_runtime(entry),
                 size_bytes=number(entry.get("size_bytes", known.get("size_bytes"))),
