@@ -137,8 +137,9 @@ def run(tasks: Sequence[Task], models: Sequence[Model], options: TaskOptions) ->
                     journal = stack.enter_context(Journal(task.key, model.key, task.way(engine)))
                     journals.append(journal)
                     bar.update(done, f"{task.name}: {Path(model.path).name}")
+                    journal.listener = lambda n, before=done, most=len(task.items): bar.update(before + min(n, most))
                     for _ in _answered(task, engine, journal):
-                        bar.update(done + len(journal.done))
+                        pass
                     done += len(task.items)
                     results.append((dict(journal.done), task.way(engine)))
     entries = [_entry(task, models, results, options) for task, results in zip(tasks, found, strict=True)]
@@ -152,9 +153,7 @@ Outcomes = Mapping[str, Outcome]
 
 def _answered(task: Task, engine: Engine, journal: Journal) -> Iterator[None]:
     if len(journal.done.keys() & {item.id for item in task.items}) < len(task.items):
-        for item, outcome in task.outcomes(engine, journal.done):
-            journal.add(item, outcome)
-            yield
+        yield from task.outcomes(engine, journal)
 
 
 def _entry(

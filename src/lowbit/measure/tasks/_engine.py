@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lowbit.errors import BadOption
+from lowbit.errors import BadOption, Unsupported
 from lowbit.run.base import Runtime
 
 _LEAST_SHARED = 16  # tokens: below, keeping them is not worth a second decode
@@ -65,8 +65,19 @@ class Engine(abc.ABC):
         is chosen that leaves the JSON Schema's language. Without a chat template the messages' texts are continued."""
 
     @abc.abstractmethod
-    def rendered(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> str | None:
+    def rendered(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+    ) -> str | None:
         """The text of a conversation up to where the answer begins; None where only the server knows it."""
+
+    def rolling(self, text: str) -> Likelihood:
+        """Of a whole text, each token predicted once with as much context before it as the runtime has: windows of the
+        full context, as lm-eval's loglikelihood_rolling cuts them."""
+        raise Unsupported("this model gives no log-probabilities of a text")
 
     def share(self, contexts: Iterable[str]) -> None:  # noqa: B027 - an engine that keeps nothing need not listen
         """Tells what contexts will come, so that what they begin with is computed once."""
@@ -98,8 +109,6 @@ class InProcess(Engine):
         return [found[i] for i in range(len(continuations))]
 
     def rolling(self, text: str) -> Likelihood:
-        """Of a whole text, each token predicted once with as much context before it as the runtime has: windows of the
-        full context, as lm-eval's loglikelihood_rolling cuts them."""
         ids = [self.first, *self.encode(text, False)]
         total, count, at = 0.0, 0, 1
         room = self.model.context
@@ -208,10 +217,17 @@ class InProcess(Engine):
         assert text is not None
         return self._answer(list(self.encode(text, None)), max_tokens, (), schema)
 
-    def rendered(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> str | None:
+    def rendered(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+    ) -> str | None:
         if not self.templated:
             return "\n\n".join([*(str(m["content"]) for m in messages), ""])
-        return self.model.rendered(messages, **({"tools": list(tools)} if tools else {}))
+        more: dict[str, Any] = {"tools": list(tools)} if tools else {}
+        return self.model.rendered(messages, add_generation_prompt=add_generation_prompt, **more)
 
     def _answer(self, ids: list[int], max_tokens: int, stop: Sequence[str], schema: Mapping[str, Any] | None) -> str:
         self._holds = False

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -35,6 +36,7 @@ class Journal:
         name = hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:32]
         self.path = (folder or cache_folder()) / f"{name}.jsonl"
         self.done: dict[str, dict[str, Any]] = {}
+        self.listener: Callable[[int], None] = lambda n: None  # told how many outcomes there are
         self._handle: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -68,6 +70,7 @@ class Journal:
     def add(self, item: str, outcome: dict[str, Any]) -> None:
         """Keeps an outcome; it is safe from a kill when this returns."""
         self.done[item] = outcome
+        self.listener(len(self.done))
         if self._handle is not None:
             line = json.dumps([item, outcome], ensure_ascii=False) + "\n"
             try:

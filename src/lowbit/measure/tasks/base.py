@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Self, TypeVar
 import lowbit
 from lowbit.errors import BadOption
 from lowbit.measure.tasks._engine import Engine
+from lowbit.measure.tasks._journal import Journal
 
 # Outcome: what came of one item, as JSON holds it. "scores": metric -> 0..1 or None where it does not apply; "answer":
 # what the model said or chose, in a few words; whatever else the kind wants to keep.
@@ -116,12 +117,13 @@ class Task(abc.ABC):
     def outcome(self, item: Item, engine: Engine) -> Outcome:
         """Puts one item to the model. Deterministic; depends on nothing but the item, the set and the model."""
 
-    def outcomes(self, engine: Engine, done: Mapping[str, Outcome]) -> Iterator[tuple[str, Outcome]]:
-        """(id, outcome) of every item that is not in ``done``, as they come."""
+    def outcomes(self, engine: Engine, journal: Journal) -> Iterator[None]:
+        """Puts every item to the model that the journal does not have, and adds its outcome there."""
         self.prepare(engine)
         for item in self.items:
-            if item.id not in done:
-                yield item.id, self.outcome(item, engine)
+            if item.id not in journal.done:
+                journal.add(item.id, self.outcome(item, engine))
+                yield
 
     def prepare(self, engine: Engine) -> None:  # noqa: B027 - most share nothing
         """Before the first item: what all of them share."""
