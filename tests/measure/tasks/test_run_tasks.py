@@ -34,12 +34,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"good": write_tiny(folder / "good.gguf"), "bad": write_tiny(folder / "bad.gguf", noise=0.2)}
 
 
-@pytest.fixture(scope="session")
-def smollm2(packaged_gguf: Any) -> Path:
-    found: Path = packaged_gguf("smollm2-135m")
-    return found
-
-
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -137,7 +137,7 @@ def run(tasks: Sequence[Task], models: Sequence[Model], options: TaskOptions) ->
                     journal = stack.enter_context(Journal(task.key, model.key, task.way(engine)))
                     journals.append(journal)
                     bar.update(done, f"{task.name}: {Path(model.path).name}")
-                    journal.listener = lambda n, before=done, most=len(task.items): bar.update(before + min(n, most))
+                    journal.listener = functools.partial(_tell, bar, done, len(task.items))
                     for _ in _answered(task, engine, journal):
                         pass
                     done += len(task.items)
@@ -149,6 +149,10 @@ def run(tasks: Sequence[Task], models: Sequence[Model], options: TaskOptions) ->
 
 
 Outcomes = Mapping[str, Outcome]
+
+
+def _tell(bar: console.Progress, before: int, most: int, n: int) -> None:
+    bar.update(before + min(n, most))
 
 
 def _answered(task: Task, engine: Engine, journal: Journal) -> Iterator[None]:

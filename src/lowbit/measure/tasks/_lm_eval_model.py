@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -42,16 +43,15 @@ class EngineLM(LM):
             by_context.setdefault(context, []).append(continuation)
         found: dict[tuple[str, str], tuple[float, bool]] = {}
         for context, continuations in by_context.items():
-            answer = self._kept(["loglikelihood", context, *continuations], lambda c=context, x=continuations: [
-                [likelihood.logprob, likelihood.greedy] for likelihood in self._engine.loglikelihoods(c, x)
-            ])  # fmt: skip
+            compute = functools.partial(self._scored, context, continuations)
+            answer = self._kept(["loglikelihood", context, *continuations], compute)
             found |= {(context, x): (float(a), bool(b)) for x, (a, b) in zip(continuations, answer, strict=True)}
         return [found[pair] for pair in pairs]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """As lm-eval has it."""
         return [
-            float(self._kept(["rolling", text], lambda x=text: self._engine.rolling(x).logprob))
+            float(self._kept(["rolling", text], functools.partial(self._rolling, text)))
             for (text,) in (request.args for request in requests)
         ]
 
@@ -81,6 +81,12 @@ class EngineLM(LM):
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         return "the model's own"
+
+    def _scored(self, context: str, continuations: list[str]) -> list[list[Any]]:
+        return [[found.logprob, found.greedy] for found in self._engine.loglikelihoods(context, continuations)]
+
+    def _rolling(self, text: str) -> float:
+        return self._engine.rolling(text).logprob
 
     def _kept(self, key: Sequence[Any], compute: Callable[[], Any]) -> Any:
         name = "request " + hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]

@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from lowbit import console
+from lowbit.errors import BadOption
 from lowbit.measure.tasks import _source
 from lowbit.measure.tasks._engine import Engine
 from lowbit.measure.tasks.base import Item, Metric, Outcome, Task, TaskOptions, data_file, shortened, spread
 
-SYSTEM = "Take the facts from the user's message. Answer with one JSON object that follows this JSON Schema, and nothing else:\n"
+SYSTEM = (
+    "Take the facts from the user's message. Answer with one JSON object that follows this JSON Schema, and nothing "
+    "else:\n"
+)
 _MAX_TOKENS = 160
 _FENCE = re.compile(r"\A```(?:json)?\s*\n(.*?)\n?```\Z", re.DOTALL)
 
@@ -70,12 +75,23 @@ class JsonSchema(Task):
         scores: dict[str, float | None] = graded(free, schema, expected)
         outcome: Outcome = {"scores": scores, "answer": shortened(free.strip())}
         scores["schema_kept"] = scores["values_kept"] = None
-        if engine.constrains:
-            kept = engine.chat(messages, max_tokens=self.max_tokens, schema=schema)
+        kept = _kept(engine, messages, self.max_tokens, schema) if engine.constrains else None
+        if kept is not None:
             found = graded(kept, schema, expected)
             scores["schema_kept"], scores["values_kept"] = found["schema"], found["values"]
             outcome["answer_kept"] = shortened(kept.strip())
         return outcome
+
+
+def _kept(
+    engine: Engine, messages: Sequence[Mapping[str, Any]], max_tokens: int, schema: Mapping[str, Any]
+) -> str | None:
+    """The answer that is kept within the schema; None where no grammar can be made of it."""
+    try:
+        return engine.chat(messages, max_tokens=max_tokens, schema=schema)
+    except BadOption as error:
+        console.log(f"A schema is left out: {error}")
+        return None
 
 
 def graded(answer: str, schema: Mapping[str, Any], expected: Any) -> dict[str, float | None]:
