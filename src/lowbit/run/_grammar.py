@@ -17,6 +17,9 @@ import numpy as np
 from lowbit.errors import BadOption, NotFound, RuntimeFailed
 from lowbit.run._llama_h import Llama
 
+# White space between the parts of an object: what llama.cpp's own grammars of a schema allow. llguidance's default is
+# any amount, in which small models lose themselves.
+_SPACE = r"( |\n{1,2}[ \t]{0,20})?"
 _CONTROL, _USER_DEFINED = 1 << 3, 1 << 4  # llama_token_attr
 
 
@@ -57,7 +60,7 @@ class Grammar:
         matcher = vocabulary.library.LLMatcher
         self._where = where
         try:
-            grammar = matcher.grammar_from_json_schema(json.dumps(schema))
+            grammar = matcher.grammar_from_json_schema(json.dumps(schema), {"whitespace_pattern": _SPACE})
             self._matcher = matcher(vocabulary.tokenizer, grammar, log_level=0)
             said = self._matcher.get_error()
         except ValueError as error:

@@ -22,9 +22,11 @@ from lowbit.errors import NotFound
 from lowbit.measure import opening
 from lowbit.measure.record import Figure
 from lowbit.measure.tasks import _compare, _source
+from lowbit.measure.tasks._endpoint import Endpoint
 from lowbit.measure.tasks._engine import Engine, InProcess
 from lowbit.measure.tasks._journal import Journal
 from lowbit.measure.tasks.base import Item, Metric, Outcome, Task, TaskOptions
+from lowbit.run.openai import OpenAi
 
 __all__ = [
     "Item",
@@ -60,7 +62,7 @@ def model_of(artifact: opening.Artifact, described: Mapping[str, Any], options: 
     @contextlib.contextmanager
     def open_it() -> Iterator[Engine]:
         with opened.open() as model:
-            yield InProcess(model)
+            yield Endpoint(model) if isinstance(model, OpenAi) else InProcess(model)
 
     identity = [described["sha256"], described["runtime"], opened.options, str(artifact.target)]
     key = json.dumps(identity, sort_keys=True, default=str)

@@ -79,6 +79,10 @@ class Engine(abc.ABC):
         full context, as lm-eval's loglikelihood_rolling cuts them."""
         raise Unsupported("this model gives no log-probabilities of a text")
 
+    def letter(self, messages: Sequence[Message], letters: str) -> int | None:
+        """The likeliest of the letters as the answer's first token, its index; None where that is not known."""
+        return None
+
     def share(self, contexts: Iterable[str]) -> None:  # noqa: B027 - an engine that keeps nothing need not listen
         """Tells what contexts will come, so that what they begin with is computed once."""
 

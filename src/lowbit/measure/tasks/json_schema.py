@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from lowbit import console
-from lowbit.errors import BadOption
+from lowbit.errors import BadOption, Unsupported
 from lowbit.measure.tasks import _source
 from lowbit.measure.tasks._engine import Engine
 from lowbit.measure.tasks.base import Item, Metric, Outcome, Task, TaskOptions, data_file, shortened, spread
@@ -89,7 +89,7 @@ def _kept(
     """The answer that is kept within the schema; None where no grammar can be made of it."""
     try:
         return engine.chat(messages, max_tokens=max_tokens, schema=schema)
-    except BadOption as error:
+    except (BadOption, Unsupported) as error:
         console.log(f"A schema is left out: {error}")
         return None
 

@@ -106,14 +106,17 @@ def outcome_of(logprobs: Sequence[float], choices: Sequence[str], right: int) ->
 
 
 def asked_for_the_letter(item: Item, engine: Engine, before: str = "") -> Outcome:
-    """For a model whose probabilities are out of reach: the choices get letters, and the answer's first letter that
-    is one of them counts."""
+    """For a model whose probabilities of a text are out of reach: the choices get letters. The likeliest letter as the
+    answer's first token counts, or where that is unknown too, the first that the answer has by itself."""
     choices, right = item.fields["choices"], item.fields["answer"]
     letters = string.ascii_uppercase[: len(choices)]
     listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=False))
     question = f"{before}{item.question}\n{listed}\nAnswer with the letter of the right choice alone."
-    said = engine.chat([{"role": "user", "content": question}], max_tokens=8)
-    chosen = letter_in(said, letters)
+    messages = [{"role": "user", "content": question}]
+    said, chosen = "", engine.letter(messages, letters)
+    if chosen is None:
+        said = engine.chat(messages, max_tokens=8)
+        chosen = letter_in(said, letters)
     return {
         "scores": {"acc": float(chosen == right), "acc_norm": None, "margin": None},
         "answer": shortened(choices[chosen] if chosen is not None else said.strip()),
