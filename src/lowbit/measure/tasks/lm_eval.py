@@ -8,9 +8,9 @@ models answer through an engine.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import logging
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -86,7 +86,7 @@ class LmEval(Task):
                 model=EngineLM(engine, journal), tasks=tasks, samples={k: v for k, v in wanted.items() if v},
                 num_fewshot=self.fewshot, apply_chat_template=self.chat, bootstrap_iters=0, log_samples=True,
                 confirm_run_unsafe_code=True, random_seed=_SEED, numpy_random_seed=_SEED, torch_random_seed=_SEED,
-                fewshot_random_seed=_SEED,
+                fewshot_random_seed=_SEED, task_manager=_manager(shipped=False),
             )  # fmt: skip
         if found is None:
             raise Unsupported("lm-eval gave no result", where=self.source)
@@ -117,11 +117,10 @@ def _load(source: str, options: TaskOptions) -> dict[str, Any]:
     _lm_eval_files.sandbox()
     path = Path(source)
     with _quiet():
-        spec: Any = source
-        if path.suffix in (".yaml", ".yml"):
-            spec = _lm_eval_files.read(path, allow_code=options.allow_code)
+        own = path.suffix in (".yaml", ".yml")
+        spec: Any = _lm_eval_files.read(path, allow_code=options.allow_code) if own else source
         try:
-            found = _manager().load([spec])["tasks"]
+            found = _manager(shipped=not own).load([spec])["tasks"]
         except LowbitError:
             raise
         except Exception as error:  # whatever data sets, hubs and task definitions raise
@@ -203,16 +202,12 @@ def _known(name: str) -> bool:
         return name in manager.all_tasks or name in manager.all_groups or name in manager.all_tags
 
 
-_managers: list[Any] = []
+@functools.cache
+def _manager(*, shipped: bool = True) -> Any:
+    """lm-eval's index of its thousands of task files, which takes seconds; without them for a file of one's own."""
+    from lm_eval.tasks import TaskManager
 
-
-def _manager() -> Any:
-    """lm-eval's index of its thousands of task files, read once."""
-    if not _managers:
-        from lm_eval.tasks import TaskManager
-
-        _managers.append(TaskManager())
-    return _managers[0]
+    return TaskManager(include_defaults=shipped)
 
 
 def _check_installed(source: str) -> None:
@@ -229,15 +224,20 @@ def _version() -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """lm-eval logs what it does, and draws bars; lowbit has its own."""
-    os.environ.setdefault("TQDM_DISABLE", "1")
+    import datasets
+    import lm_eval.api.task as drawing
+
+    datasets.disable_progress_bars()
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "evaluate")]
-    levels = [logger.level for logger in loggers]
+    levels, bars = [logger.level for logger in loggers], drawing.tqdm
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
+    drawing.tqdm = functools.partial(bars, disable=True)
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
+        drawing.tqdm = bars
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
