@@ -6,9 +6,9 @@ Made without torch, so that the fuzzer starts in a second and follows no code bu
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -18,7 +18,10 @@ from lowbit.checkpoint import families, open_checkpoint, projectors
 from lowbit.checkpoint.families.base import Family
 from lowbit.checkpoint.write import Tensor, write_checkpoint
 from lowbit.grid import get
+from lowbit.measure import reference_cache
+from lowbit.measure.reference_cache import Header
 from lowbit.pack import imatrix
+from lowbit.run.base import Runtime
 
 VOCAB = 16
 _SIZES: dict[str, Any] = {
@@ -150,6 +153,7 @@ def make(folder: Path) -> None:
     _measured(folder / "llama", folder)
     _calibrate(folder / "llama", folder / "calibration-llama.safetensors")
     _calibrate(folder / "gemma4_moe", folder / "calibration-gemma4_moe.safetensors")
+    _reference_cache(folder / "reference.cache")
 
 
 def tokenizer(kind: str) -> dict[str, Any]:
@@ -271,6 +275,19 @@ def _calibrate(source: Path, path: Path) -> None:
             add(f"{spec.name}.tokens", (*lead,), np.full(1, 8.0))
             add(f"{spec.name}.pooled", (n, n), inputs)
     _write_tensors(path, tensors)
+
+
+def _reference_cache(path: Path) -> None:
+    """Of two chunks of a model whose logits are random."""
+
+    class Random:
+        def logits(self, tokens: np.ndarray, start: int) -> Iterator[tuple[int, np.ndarray]]:
+            rows = np.random.default_rng(int(tokens[0])).normal(size=(len(tokens) - start, 70)).astype(np.float32)
+            yield start, 3 * rows
+
+    chunks = np.arange(16, dtype=np.int32).reshape(2, 8)
+    header = Header(reference={"path": "r.gguf"}, settings={}, text={}, n_vocab=70, bos=1, chunk=8, chunks=2)
+    reference_cache.make(path, header, cast(Runtime, Random()), chunks)
 
 
 def _stored(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:

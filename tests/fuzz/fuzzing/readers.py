@@ -20,6 +20,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 import lowbit
 from fuzzing import materials
+from fuzzing.caches import reference_cache
 from fuzzing.mutate import (
     Choices,
     gguf_pieces,
@@ -369,13 +370,13 @@ READERS: dict[str, Callable[[Place, Choices], None]] = {
     reader.__name__: reader
     for reader in (
         gguf, gguf_laid_out_again, safetensors_file, shards, config, tokenizer_json, trained, compressed, mlx,
-        towers, importance, calibration, stated_certificate, run_record,
+        towers, importance, calibration, reference_cache, stated_certificate, run_record,
     )
 }  # fmt: skip
 # Of the cases, by how much of lowbit a reader reaches and how quick it is.
 SHARES = {name: 8 for name in READERS} | {
     "stated_certificate": 1, "run_record": 1, "gguf_laid_out_again": 3, "trained": 3, "safetensors_file": 5,
-    "mlx": 4, "towers": 6, "importance": 4, "calibration": 3,
+    "mlx": 4, "towers": 6, "importance": 4, "calibration": 3, "reference_cache": 2,
 }  # fmt: skip
 
 
