@@ -4,8 +4,8 @@
 
 Of each model an F16 GGUF is the reference, cached; the artifacts are its Q8_0, its Q4_0 rounded to nearest with a
 searched scale, and its Q4_0 as llama-quantize rounds it. Each is compared with the reference twice, exactly and from
-the cache, on the same logits. "bound" is what the result states (error, 99.9%); "certain" the bounds that hold whatever was
-drawn, in the mean, and how many rows were outside theirs (it must be none).
+the cache, on the same logits. "bound" is what the result states (error, 99.9%);
+"certain" the bounds that hold whatever was drawn, in the mean, and how many rows were outside theirs (it must be none).
 """
 
 from __future__ import annotations
