@@ -6,9 +6,10 @@ Of each model an F16 GGUF is the reference and a Q4_0 (rounded as llama-quantize
 llama-perplexity runs twice, --save-all-logits and --kl-divergence; lowbit.measure once.
 
 llama-perplexity keeps the reference's log probabilities in 16 bits, and leaves out of the KLD whatever has a
-probability below exp(-16). The last column is lowbit's logits put through that coding and that sum, written out in
-numpy here: where it agrees and the plain one does not, the difference is the file's. The line below says how far the
-two runtimes' logits are apart, from the 16-bit file itself.
+probability below exp(-16); kld_mean_llama_cpp of lowbit's result is summed so too, in full precision. "its coding" is
+lowbit's logits put through that coding and that sum, written out in numpy here: where it agrees and the exact figure
+does not, the difference is the file's. The line below says how far the two runtimes' logits are apart, from the 16-bit
+file itself.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ def compare(model: str, folder: Path, logits: Path, args: argparse.Namespace) ->
     rows: list[tuple[str, float, float, float | None]] = [
         ("perplexity of the F16", base.number("PPL"), ours["reference"]["perplexity"]["value"], None),
         ("perplexity of the Q4_0", theirs.number(r"Mean PPL\(Q\)"), found["perplexity"]["value"], None),
+        ("mean KLD, as it sums it", theirs.number("Mean    KLD"), found["kld_mean_llama_cpp"]["value"], None),
         ("mean KLD", theirs.number("Mean    KLD"), found["kld_mean"]["value"], coded["mean"]),
         ("median KLD", theirs.number("Median  KLD"), found["kld_median"]["value"], coded["median"]),
         ("99th percentile KLD", theirs.number("99.0%   KLD"), found["kld_p99"]["value"], coded["p99"]),

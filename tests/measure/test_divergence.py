@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lowbit.measure.divergence import kl, softmax
+from lowbit.measure.divergence import kl, kl_of_likely, softmax
 from lowbit.measure.fidelity import Scores, compare
 
 
@@ -51,6 +51,18 @@ def test_every_row_is_within_a_millionth_of_a_nat_and_means_much_nearer(kind: st
         errors.append(kl(p, q, of_p, of_q, scratch[1]) - expected)
     assert max(map(abs, errors)) < 1e-6
     assert abs(np.mean(errors)) < 1e-7
+
+
+def test_what_llama_perplexity_leaves_out() -> None:
+    of_p, of_q = rows("usual", 49_152, 0)
+    scratch = np.empty((2, len(of_p)), np.float32)
+    p, q = softmax(of_p, scratch[0]), softmax(of_q, scratch[1])
+    expected, log_sum_p, log_sum_q = exactly(of_p, of_q)
+    log_p = of_p.astype(np.float64) - log_sum_p
+    each = np.exp(log_p) * (log_p - of_q + log_sum_q)
+    assert kl_of_likely(p, q, of_p, of_q) == pytest.approx(each[log_p > -16].sum(), abs=1e-6)
+    assert abs(each[log_p <= -16].sum()) > 1e-6
+    assert each.sum() == pytest.approx(expected, abs=1e-9)
 
 
 def test_equal_rows_are_not_apart_at_all() -> None:

@@ -52,6 +52,7 @@ def plainly(folder: Path, name: str, chunk: int) -> tuple[dict[str, float], floa
         "kld_mean": float(kld.mean()),
         "kld_median": float(np.median(kld)),
         "kld_p99": float(np.percentile(kld, 99)),
+        "kld_mean_llama_cpp": float(np.where(p > np.exp(-16), p * np.log(p / q), 0).sum(-1).mean()),
         "top1": float((p.argmax(-1) == q.argmax(-1)).mean()),
         "rms_delta_p": float(np.sqrt(((q[at] - p[at]) ** 2).mean())),
     }, float(np.exp(-np.log(p[at]).mean()))

@@ -55,6 +55,15 @@ def kl(p: Softmax, q: Softmax, of_p: np.ndarray, of_q: np.ndarray, scratch: np.n
     return value if math.isfinite(value) else _with_impossible_tokens(p, q, of_p, of_q)
 
 
+def kl_of_likely(p: Softmax, q: Softmax, of_p: np.ndarray, of_q: np.ndarray) -> float:
+    """KL(p || q) without the tokens whose p is below exp(-16), as llama-perplexity sums it: its file of the reference
+    keeps log probabilities in 16 bits, and what that cannot hold is left out (tools/perplexity/perplexity.cpp)."""
+    likely = np.flatnonzero(p.weights > math.exp(-16) * p.total)
+    weights = p.weights[likely].astype(np.float64)
+    differences = of_p[likely].astype(np.float64) - of_q[likely] + (q.log_sum - p.log_sum)
+    return float(weights @ differences) / p.total
+
+
 def _with_impossible_tokens(p: Softmax, q: Softmax, of_p: np.ndarray, of_q: np.ndarray) -> float:
     """The same where logits are -inf: what p excludes counts nothing, what q alone excludes makes it infinite."""
     possible = p.weights > 0

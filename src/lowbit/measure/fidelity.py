@@ -15,7 +15,7 @@ import numpy as np
 
 from lowbit.measure import sketch
 from lowbit.measure.bootstrap import Bootstrap
-from lowbit.measure.divergence import kl, softmax
+from lowbit.measure.divergence import kl, kl_of_likely, softmax
 from lowbit.measure.in_step import in_step
 from lowbit.measure.record import Figure, exact
 from lowbit.measure.reference_cache import ReferenceCache
@@ -31,19 +31,23 @@ class Scores:
     kld:      KL(reference || artifact), nats; None for the reference itself
     same_top: whether the most probable token is the reference's
     delta_p:  p(next token) minus the reference's
-    kept:     where the reference came from a cache, what is known of ``kld``, which is then an estimate
+    kld_of_likely: the same without what is less probable than exp(-16), as llama-perplexity sums it
+    kept:     where the reference came from a cache, what is known of ``kld``, which is then an estimate, and there is
+              no kld_of_likely
     """
 
     nll: np.ndarray
     kld: np.ndarray
     same_top: np.ndarray
     delta_p: np.ndarray
+    kld_of_likely: np.ndarray | None = None
     kept: sketch.Divergence | None = None
 
     @classmethod
     def empty(cls, chunks: int, positions: int) -> Scores:
         shape = (chunks, positions)
-        return cls(nll=np.zeros(shape), kld=np.zeros(shape), same_top=np.ones(shape, bool), delta_p=np.zeros(shape))
+        nll, kld, delta_p, likely = np.zeros((4, *shape))
+        return cls(nll=nll, kld=kld, same_top=np.ones(shape, bool), delta_p=delta_p, kld_of_likely=likely)
 
 
 def score(
@@ -108,6 +112,8 @@ def _compare_row(
         scores.delta_p[at] = math.exp(log_q) - math.exp(log_p)
         scores.same_top[at] = q.top == p.top
         scores.kld[at] = kl(p, q, rows[0], row, scratch[1])
+        if scores.kld_of_likely is not None:
+            scores.kld_of_likely[at] = kl_of_likely(p, q, rows[0], row)
 
 
 def score_kept(
@@ -135,7 +141,7 @@ def score_kept(
     kept = parts.settled()
     np.exp(-scores.nll, out=scores.delta_p)
     scores.delta_p[...] -= np.exp(-of_reference.nll)
-    return of_reference, replace(scores, kld=kept.estimate, kept=kept)
+    return of_reference, replace(scores, kld=kept.estimate, kld_of_likely=None, kept=kept)
 
 
 def _score_rows(
@@ -170,15 +176,18 @@ def figures(scores: Scores, bootstrap: Bootstrap) -> dict[str, Figure]:
 
     perplexity:  exp of the mean nll
     kld_mean, kld_median, kld_p99: nats
+    kld_mean_llama_cpp: of kld_of_likely, where there is one: what llama-perplexity prints for the same logits
     top1:        share of positions with the reference's most probable token, 0 to 1
     rms_delta_p: root mean square of delta_p, 0 to 1 (llama.cpp's perplexity tool prints it in percent)
     """
+    likely = scores.kld_of_likely
     return {
         "tokens": exact(scores.nll.size, "tokens"),
         "perplexity": bootstrap.mean(scores.nll, via=np.exp),
         "kld_mean": bootstrap.mean(scores.kld, "nats"),
         "kld_median": bootstrap.quantile(scores.kld, 0.5, "nats"),
         "kld_p99": bootstrap.quantile(scores.kld, 0.99, "nats"),
+        **({"kld_mean_llama_cpp": bootstrap.mean(likely, "nats")} if likely is not None else {}),
         "top1": bootstrap.mean(scores.same_top.astype(np.float64), "share"),
         "rms_delta_p": bootstrap.mean(scores.delta_p**2, "probability", via=np.sqrt),
     }
