@@ -32,6 +32,7 @@ from lowbit.measure import MeasureOptions, measure
 from lowbit.measure.record import machine
 from lowbit.measure.text import check_text, chunks_of, read_text
 from lowbit.pack import certificate, containers, pack
+from lowbit.plan import PlanOptions, curves, open_model, plan_open
 from lowbit.report import PAGE, RECORD, read_record, render, report
 from lowbit.run.llama_cpp import LlamaCpp
 
@@ -211,6 +212,7 @@ class _Run:
             "certificate": self._described_certificate(),
             "training": training,
             "measure": measured,
+            "plan": self._planned(),
         })  # fmt: skip
 
     def write_page(self) -> None:
@@ -248,6 +250,13 @@ class _Run:
                     "bits_per_weight": inspect(path)["bits_per_weight"],
                 }
         return described
+
+    def _planned(self) -> dict[str, Any]:
+        """What the product takes in llama-server as it starts by default, and how that grows with the context."""
+        options = PlanOptions()
+        with open_model(self.product) as model:
+            lines = curves(model, options)
+            return {**plan_open(model, options).to_json(), "curves": [line.to_json() for line in lines]}
 
     def _described_certificate(self) -> dict[str, Any]:
         """The certificate's totals, of the whole file and of each type of tensor."""

@@ -80,6 +80,31 @@ def test_nothing_fits_and_the_error_says_what_would() -> None:
         fit("gemma-4", PlanOptions(runtime="mlx"), FitOptions(room=GIB + MIB))
 
 
+def test_the_room_that_an_error_asks_for_is_enough() -> None:
+    """Also where the margin is a part of it."""
+    for name, model in (("mlx", "qwen3-8b"), ("vllm", "qwen3-8b"), ("llama.cpp", "qwen3-8b")):
+        with pytest.raises(Unsupported) as refused:
+            fit(model, PlanOptions(runtime=name), FitOptions(room=2 * GIB, slots=(1,)))
+        needs = float(str(refused.value.expected).split(" GiB")[0])
+        kv_types = (str(refused.value.expected).split(" in ")[-1].partition(",")[0],)
+        for room, fits in ((needs + 0.06, True), (needs - 0.06, False)):
+            asked = FitOptions(room=int(room * GIB), slots=(1,), kv_types=kv_types)
+            if fits:
+                assert fit(model, PlanOptions(runtime=name), asked).best[0].context_per_slot >= 256
+            else:
+                with pytest.raises(Unsupported, match="nothing fits"):
+                    fit(model, PlanOptions(runtime=name), asked)
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [("llama.cpp", "mlx_affine4_g64"), ("llama.cpp", "int4_g32"), ("mlx", "q4_k_m"), ("vllm", "q4_0")],
+)
+def test_a_format_that_the_runtime_does_not_run(name: str, recipe: str) -> None:
+    with pytest.raises(BadOption, match=recipe):
+        plan("qwen3-0.6b", PlanOptions(runtime=name, recipe=recipe, context=512))
+
+
 def test_a_gpu_holds_neither_the_program_nor_repacked_weights() -> None:
     options = PlanOptions(slots=1, context=4096)
     made = plan("smollm2-360m", options)

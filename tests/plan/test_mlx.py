@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lowbit.checkpoint import families
 from lowbit.errors import BadOption, Unsupported
@@ -25,7 +27,7 @@ cache_module = pytest.importorskip("mlx_lm.models.cache")
 # How many of the layers: their order repeats, and a quarter of those of E2B share.
 LAYERS = {
     "llama-3.2-1b": 2, "qwen3-0.6b": 2, "gemma-3-1b": 7, "gemma-3-4b": 7, "gemma-4-e2b": 20, "gemma-4-12b": 6,
-    "gemma-4-26b-a4b": 6,
+    "gemma-4-26b-a4b": 6, "gemma-3n-e2b": 25,
 }  # fmt: skip
 READS = ((2, 256), (40, 16), (257, 256), (310, 100))
 
@@ -43,8 +45,13 @@ def models(config: dict[str, Any]) -> tuple[PlanModel, Any]:
         name="small", family="x", hub_id="x/y", parameters=1, counted="", config=config, path=Path("config.json")
     )  # fmt: skip
     model = open_listed(listed)
-    family = families.by_config(config, "test")
-    written = {**family.mlx_config(model.config), "tie_word_embeddings": True}
+    if config["model_type"] == "gemma3n_text":  # mlx-lm has it as a part of the multimodal model alone
+        left_out = {"altup_coef_clip": 120.0, "altup_correct_scale": True, "final_logit_softcapping": 30.0}
+        text = {**model.config, **left_out, "intermediate_size": model.config["intermediate_size"][0]}
+        written: dict[str, Any] = {"model_type": "gemma3n", "text_config": text}
+    else:
+        family = families.by_config(config, "test")
+        written = {**family.mlx_config(model.config), "tie_word_embeddings": True}
     kind, arguments = _get_classes(written)
     return model, kind(arguments.from_dict(written))
 
@@ -68,10 +75,15 @@ def cached(model: Any, tokens: int, prefill: int, **settings: Any) -> int:
     return max(sizes)
 
 
+def miniature(name: str, window: int | None) -> dict[str, Any]:
+    shared = {"num_kv_shared_layers": 5, "laurel_rank": 64, "hidden_size_per_layer_input": 256}
+    return small(name, window=window, layers=LAYERS[name], **(shared if name.startswith("gemma-3n") else {}))
+
+
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("window", [24, 280])
 def test_caches_are_of_the_size_that_was_planned(name: str, window: int) -> None:
-    config = small(name, window=window, layers=LAYERS[name])
+    config = miniature(name, window)
     if window == 280 and "sliding_window" not in config:
         pytest.skip("no window")
     model, real = models(config)
@@ -172,3 +184,18 @@ def test_weights_are_those_of_the_folder(tiny_gemma3: Any, tmp_path: Path) -> No
     assert lowbit.plan(packed, PlanOptions(runtime="mlx")).bytes_of("weights") == held
     before = lowbit.plan(folder, PlanOptions(runtime="mlx", recipe="mlx_affine4_g32")).bytes_of("weights")
     assert before == pytest.approx(held, rel=0.02)
+
+
+@given(
+    tokens=st.integers(1, 1500), step=st.integers(1, 700), window=st.none() | st.integers(1, 600),
+)  # fmt: skip
+def test_room_by_any_steps(tokens: int, step: int, window: int | None) -> None:
+    """mlx-lm's cache classes fed with steps of any size; a prompt's last token goes by itself."""
+    cache = cache_module.KVCache() if window is None else cache_module.RotatingKVCache(max_size=window)
+    read = 0
+    for planned_read, room in mlx_plan.lengths(tokens, window, step):
+        keys = mx.zeros((1, 1, planned_read - read, 1))
+        cache.update_and_fetch(keys, keys)
+        read = planned_read
+        assert cache.keys.shape[2] == room
+    assert read == tokens

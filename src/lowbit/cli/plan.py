@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lowbit import files
 from lowbit.cli import output
 from lowbit.cli.pack import size_in_bytes
 from lowbit.cli.training import positive
@@ -56,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-md", "--drafter", "--model-draft", metavar="MODEL", help="a drafter loaded beside it")
     parser.add_argument("--mmproj", metavar="FILE", help="a projector loaded beside it")
     parser.add_argument("--no-mmap", action="store_true", help="the file is read instead of mapped")
+    parser.add_argument("--html", metavar="FILE", help="write a page with a plot of memory against context")
     output.add_json(parser)
 
 
@@ -65,16 +68,28 @@ def run(args: argparse.Namespace) -> int:
     room = args.ram or args.vram
     if args.margin is not None and not room:
         raise BadOption("--margin goes with --ram or --vram", found="neither")
+    if room and (args.ctx or args.cache_type_k or args.cache_type_v):
+        expected = "no --ctx; --kv for both keys and values"
+        raise BadOption(
+            "--ram and --vram look for the longest context", found="a context or a type apart", expected=expected
+        )
     options = _options(args)
+    if args.html:
+        files.check_writable(args.html)
     with output.results_only():
         if room:
+            kv_types = tuple(args.kv.split(",")) if args.kv else None
             asked = FitOptions(
-                room=room, margin=args.margin, gpu=bool(args.vram), kv_types=(args.kv,) if args.kv else None,
+                room=room, margin=args.margin, gpu=bool(args.vram), kv_types=kv_types,
                 slots=(args.slots,) if args.slots else None, recipes=(args.recipe,) if args.recipe else None,
             )  # fmt: skip
             found: Fit | Plan = fit(args.model, options, asked)
         else:
             found = plan(args.model, options)
+        if args.html:
+            from lowbit.report import plan_page
+
+            plan_page.write(args.model, options, found, Path(args.html))
     if args.json:
         output.write_result(found.to_json(), args.json)
     if args.json != "-":

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lowbit.plan.curve import Curve, curves
 from lowbit.plan.fit import Best, Fit, FitOptions, fit
 from lowbit.plan.made import plan_open
-from lowbit.plan.model import PlanModel, open_model
+from lowbit.plan.model import PlanModel, open_listed, open_model
 from lowbit.plan.options import PlanOptions
 from lowbit.plan.result import Plan, Row
 from lowbit.verbs import make_callable
 
 __all__ = [
-    "Best", "Fit", "FitOptions", "Plan", "PlanModel", "PlanOptions", "Row", "fit", "open_model", "plan", "plan_open",
+    "Best", "Curve", "Fit", "FitOptions", "Plan", "PlanModel", "PlanOptions", "Row", "curves", "fit", "open_listed",
+    "open_model", "plan", "plan_open",
 ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lowbit import console
 from lowbit.errors import BadOption, Unsupported
 from lowbit.plan import catalogue, runtimes
 from lowbit.plan.catalogue import Listed
@@ -22,6 +23,7 @@ from lowbit.plan.runtimes.base import Runtime
 from lowbit.units import format_bytes
 
 SLOTS = (1, 2, 4, 8)
+AS_ASKED = "as asked"
 LEAST = 256  # tokens a slot: below that nothing is said to fit
 
 
@@ -127,16 +129,23 @@ def fit_model(model: PlanModel, options: PlanOptions, fit: FitOptions) -> Fit:
 def fit_family(name: str, models: Sequence[Listed], options: PlanOptions, fit: FitOptions) -> Fit:
     """The longest context of every model of a family in every usual format and KV type."""
     runtime = runtimes.get(options.runtime)
-    best = []
-    for listed in models:
-        with open_listed(listed) as model:
-            best += [
-                longest(model, replace(options, slots=slots, recipe=recipe, kv_type_k=kv_type, kv_type_v=kv_type), fit)
-                for recipe in fit.recipes or runtime.recipes
-                for kv_type in fit.kv_types or runtime.usual_kv_types
-                for slots in fit.slots or (1,)
-            ]
-    return _fit(name, runtime, fit, best)
+    choices = [
+        {"recipe": recipe, "kv_type_k": kv_type, "kv_type_v": kv_type, "slots": slots}
+        for recipe in fit.recipes or runtime.recipes
+        for kv_type in fit.kv_types or runtime.usual_kv_types
+        for slots in fit.slots or (1,)
+    ]
+    best: list[Best] = []
+    with console.progress(f"planning {name}", len(models) * len(choices), "choices") as bar:
+        for listed in models:
+            with open_listed(listed) as model:
+                for choice in choices:
+                    best.append(longest(model, replace(options, **choice), fit))  # type: ignore[arg-type]
+                    bar.advance(1)
+    # A KV type that no model of the family can have is a remark, not a column.
+    possible = {b.kv_type for b in best if b.least_bytes}
+    found = _fit(name, runtime, fit, best)
+    return replace(found, best=tuple(b for b in best if b.kv_type in possible or not possible))
 
 
 def longest(model: PlanModel, options: PlanOptions, fit: FitOptions) -> Best:
@@ -182,7 +191,7 @@ def _refused(model: PlanModel, options: PlanOptions, slots: int, refused: BadOpt
 
 def _margin(runtime: Runtime, fit: FitOptions) -> tuple[int, str]:
     if fit.margin is not None:
-        return fit.margin, "as asked"
+        return fit.margin, AS_ASKED
     return min(runtime.margin(fit.room), fit.room), runtime.margin_why
 
 
@@ -198,7 +207,7 @@ def _notes(best: Sequence[Best]) -> tuple[str, ...]:
     """What the marks of a table mean: all of the trained context, nothing, and what the runtime refuses."""
     found = []
     if any(b.limit == "training" for b in best):
-        found.append("(all): all of the context that the model was trained for")
+        found.append("*: all of the context that the model was trained for")
     if any(b.least_bytes and not b.context_per_slot for b in best):
         found.append(f"–: not even {LEAST} tokens fit")
     refused: dict[str, list[str]] = {}
@@ -218,6 +227,10 @@ def nothing_fits(fit: Fit) -> Unsupported | None:
         return Unsupported(fit.best[0].limit, where=fit.name)
     least = min(asked, key=lambda best: best.least_bytes)
     needs = least.least_bytes + fit.margin_bytes
+    if fit.margin_why != AS_ASKED:  # of a larger room a larger part stays free
+        needs = least.least_bytes
+        for _ in range(64):
+            needs = least.least_bytes + runtimes.get(fit.runtime).margin(needs)
     return Unsupported(
         "nothing fits", where=fit.name,
         found=f"{format_bytes(fit.room_bytes)}, of which {format_bytes(fit.margin_bytes)} stay free",

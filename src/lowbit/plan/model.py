@@ -193,9 +193,9 @@ def resolved(model: str | Path) -> Path | Listed:
         if known:
             return known[0]
         near = catalogue.near(str(model))
-        if not near:
-            raise
         hint = f"Did you mean {' or '.join(near)}?"
+        if not near:
+            hint = f"{error.hint}. Public models have names here too: {', '.join(catalogue.families())}"
         raise NotFound(error.what, where=error.where, found=error.found, expected=error.expected, hint=hint) from error
 
 

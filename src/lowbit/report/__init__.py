@@ -23,6 +23,7 @@ from lowbit.verbs import make_callable
 RECORD, PAGE = "lowbit.json", "report.html"
 FORMAT, MEASURED = "lowbit-run/1", "lowbit-measure/1"
 LARGEST_RECORD = 64 * MIB
+_HERE = Path(__file__).parent
 
 # The page's only script. Where the browser gives a page no clipboard, the command is selected instead.
 SCRIPT = """
@@ -98,38 +99,55 @@ def _read(path: Path, hint: str) -> dict[str, Any]:
 
 def render(record: dict[str, Any], run_dir: Path) -> str:
     """The page as text. ``run_dir`` appears in the commands that run the file."""
-    import jinja2
     from markupsafe import Markup
 
     from lowbit.report import charts, view
 
-    here = Path(__file__).parent
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(here),
+    seen = view.build(record, run_dir)
+    return (
+        environment()
+        .get_template("page.html")
+        .render(
+            v=seen,
+            metrics=view.METRICS,
+            speeds=view.SPEEDS,
+            plots=_plots(seen),
+            widths=(("wide", charts.WIDE), ("narrow", charts.NARROW)),
+            commands=commands(seen.product_path, seen.name, seen.recipe) if seen.product else [],
+            style=style(),
+            script=Markup(SCRIPT),
+            script_hash=base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode(),
+        )
+    )
+
+
+def environment() -> Any:
+    """The jinja2 environment of every page: it escapes what is put in, and knows the templates of this folder."""
+    import jinja2
+
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    seen = view.build(record, run_dir)
-    return environment.get_template("page.html").render(
-        v=seen,
-        metrics=view.METRICS,
-        speeds=view.SPEEDS,
-        plots=_plots(seen),
-        widths=(("wide", charts.WIDE), ("narrow", charts.NARROW)),
-        commands=commands(seen.product_path, seen.name, seen.recipe) if seen.product else [],
-        style=Markup((here / "page.css").read_text(encoding="utf-8")),
-        script=Markup(SCRIPT),
-        script_hash=base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode(),
-    )
+
+
+def style() -> Any:
+    """The style sheet of every page, as markup."""
+    from markupsafe import Markup
+
+    return Markup((_HERE / "page.css").read_text(encoding="utf-8"))
 
 
 def _plots(seen: Any) -> dict[str, dict[str, Any]]:
     """name -> {"wide": svg, "narrow": svg}; a plot without data is absent."""
-    from lowbit.report import charts, long_charts
+    from lowbit.report import charts, long_charts, plan_page
 
     made: dict[str, dict[str, Any]] = {}
+    if seen.plan and (drawn := plan_page.plots(seen.plan.lines)):
+        made["plan"] = drawn
     for width_name, width in (("wide", charts.WIDE), ("narrow", charts.NARROW)):
         rows = [
             charts.Row(label=a.title, series=a.role, figure=a.fidelity["kld_mean"])

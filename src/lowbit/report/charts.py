@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,7 +173,14 @@ def end_labels(ends: list[list[Any]]) -> list[Markup]:
 
 
 def x_axis(
-    marks: Sequence[float], scale: float, left: float, top: float, bottom: float, *, lines: bool = True
+    marks: Sequence[float],
+    scale: float,
+    left: float,
+    top: float,
+    bottom: float,
+    *,
+    lines: bool = True,
+    label: Callable[[float], str] = tick_label,
 ) -> Markup:
     out = Markup("")
     for mark in marks:
@@ -182,7 +189,7 @@ def x_axis(
             out += Markup('<path class="grid" d="M{} {}V{}"/>').format(x, top, bottom)
         anchor = "start" if mark == marks[0] and left < 20 else "middle"
         out += Markup('<text class="tick" text-anchor="{}" x="{}" y="{}">{}</text>').format(
-            anchor, x, bottom + 18, tick_label(mark)
+            anchor, x, bottom + 18, label(mark)
         )
     return out
 

@@ -11,8 +11,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lowbit.report import long_view, verdicts
+from lowbit.report import long_view, plan_view, verdicts
 from lowbit.report.figures import Figure, figure, mapping, number, sequence, text
+from lowbit.report.plan_view import Planned
 from lowbit.units import format_bytes, format_duration, format_share
 
 # Order and words of the artifacts wherever they stand side by side.
@@ -120,6 +121,7 @@ class View:
     stages: list[tuple[str, str]]
     grids: list[tuple[str, str]]
     long: long_view.LongView
+    plan: Planned | None = None
     left_out: list[str] = field(default_factory=list)
 
     @property
@@ -183,6 +185,7 @@ def build(record: dict[str, Any], run_dir: Path) -> View:
         proofs=[_proof(kind, mapping(raw)) for kind, raw in mapping(certificate.get("types")).items()],
         proved=_proved(mapping(certificate.get("totals"))),
         certificate=text(certificate.get("file")),
+        plan=plan_view.read(record.get("plan")),
         source=_source(model),
         machine=machine,
         options=_pairs(record.get("options")),

@@ -30,6 +30,7 @@ _DEFAULT_KV = "f16"
 _AUTO_SLOTS = 4  # of llama-server, with a unified cache
 _DRAFTED = 3  # --spec-draft-n-max: tokens that a slot's drafter proposes, scored with the one before them
 _CHECKPOINTS = 32  # --ctx-checkpoints
+_NOT_GGUF = ("mlx_", "int4_")
 
 
 class LlamaCpp(Runtime):
@@ -170,6 +171,8 @@ def _flash_type(options: PlanOptions) -> int:
 
 
 def _tensors(model: PlanModel, options: PlanOptions) -> tuple[PlannedTensor, ...]:
+    if options.recipe and options.recipe.startswith(_NOT_GGUF):
+        raise BadOption("llama.cpp does not run this format", found=options.recipe, expected="one of GGUF's")
     if options.recipe is None and model.gguf:
         return model.stored
     return model.packed(options.recipe or DEFAULT_RECIPE)

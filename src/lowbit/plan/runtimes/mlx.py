@@ -27,6 +27,8 @@ from lowbit.units import GIB, format_bytes
 
 STEP = 256  # tokens that a cache grows by
 QUANTIZED_FROM = 5000  # tokens: mlx-lm's --quantized-kv-start
+# mlx/backend/metal/scaled_dot_product_attention.cpp, for prompts: the kernels of 192 and 256 are not chosen there.
+_FUSED = (64, 72, 80, 96, 128)
 _RECIPE = "mlx_affine4_g64"
 _FLOATS = {"f16": 2, "bf16": 2, "f32": 4}
 _QUANTIZED = re.compile(r"q(?P<bits>[234568])_g(?P<group>32|64|128)")
@@ -45,6 +47,9 @@ class Mlx(Runtime):
     def settings(self, model: PlanModel, options: PlanOptions) -> dict[str, Any]:
         unused = ("kv_unified", "ubatch", "swa_full", "flash_attention", "mmap", "mmproj", "drafter")
         _common.refuse(self.name, options, unused)
+        if options.recipe and not options.recipe.startswith(("mlx_", "f16", "bf16", "f32")):
+            expected = "mlx_affine4_g64 and the like, or f16, bf16, f32"
+            raise BadOption("MLX does not run this format", found=options.recipe, expected=expected)
         kv_type = _common.one_kv_type(self.name, self.kv_types, options)
         slots = options.slots or 1
         if kv_type not in _FLOATS:
@@ -64,7 +69,7 @@ class Mlx(Runtime):
         return (
             _common.weights_row(weights, "loaded whole", "file" if recipe is None else "formula"),
             *_cache_rows(_common.owners(model), settings),
-            _scratch_row(model, settings),
+            *_scratch_rows(model, settings),
         )
 
     def notes(self, model: PlanModel, options: PlanOptions) -> tuple[str, ...]:
@@ -176,11 +181,23 @@ def _cache_rows(layers: Sequence[LayerCache], settings: Mapping[str, Any]) -> li
     return found
 
 
-def _scratch_row(model: PlanModel, settings: Mapping[str, Any]) -> Row:
-    size, tokens = _common.sizes(model), min(settings["prefill_step_size"], settings["context_per_slot"])
-    n_bytes = settings["slots"] * tokens * (4 * size["hidden"] + 3 * size["wide"]) * 2
-    why = f"{tokens:,} tokens through the widest layer"
-    return Row(part="scratch", what="activations", bytes=n_bytes, why=why, found="estimate")
+def _scratch_rows(model: PlanModel, settings: Mapping[str, Any]) -> list[Row]:
+    """Activations of a prompt's step, and the attention scores of layers that Metal's kernel does not fuse."""
+    size, slots, context = _common.sizes(model), settings["slots"], settings["context_per_slot"]
+    step = min(settings["prefill_step_size"], context)
+    n_bytes = slots * (step * (4 * size["hidden"] + 3 * size["wide"]) * 2 + model.vocab_size * 4)
+    why = f"{slots * step:,} tokens through the widest layer, and {slots} x {model.vocab_size:,} scores in f32"
+    rows = [Row(part="scratch", what="activations", bytes=n_bytes, why=why, found="estimate")]
+    unfused = [layer for layer in model.cache if layer.k_dim not in _FUSED]
+    if unfused:
+        seen = max(context if x.window is None else min(context, x.window - 1 + step) for x in unfused)
+        n_bytes = slots * size["heads"] * step * seen * 2
+        why = (
+            f"heads of {max(layer.k_dim for layer in unfused)} are not fused while a prompt is read: {size['heads']} "
+            f"heads x {slots * step:,} x {seen:,} tokens in 16 bits"
+        )
+        rows.append(Row(part="scratch", what="attention scores", bytes=n_bytes, why=why, found="estimate"))
+    return rows
 
 
 RUNTIME = Mlx()
