@@ -1,8 +1,9 @@
 """``lowbit ship``: checkpoint to measured artifact, in one run folder, each stage whole on disk before the next begins.
 
 The folder holds reference.gguf (the source's weights, unquantized), naive-RECIPE.gguf (what llama-quantize makes of
-them), calibrated-RECIPE.gguf (the start of training), model-RECIPE.gguf (the product), its certificate, lowbit.json and
-report.html; checkpoint/ is the trained model as a Hugging Face folder, work/ what a killed run goes on from.
+them), calibrated-RECIPE.gguf (the start of training), model-RECIPE.gguf (the product), its certificate, lowbit.json,
+lowbit.lock (which of them belong together, for ``lowbit check``) and report.html; checkpoint/ is the trained model as a
+Hugging Face folder, work/ what a killed run goes on from.
 """
 
 from __future__ import annotations
@@ -33,6 +34,11 @@ from lowbit.measure.record import machine
 from lowbit.measure.text import check_text, chunks_of, read_text
 from lowbit.pack import certificate, containers, pack
 from lowbit.plan import PlanOptions, curves, open_model, plan_open
+from lowbit.release.lock import Proof
+from lowbit.release.lock import read as read_lock
+from lowbit.release.make_lock import locked, today, write_lock
+from lowbit.release.release_set import scan_release
+from lowbit.release.walk import LOCK_NAME
 from lowbit.report import PAGE, RECORD, read_record, render, report
 from lowbit.run.llama_cpp import LlamaCpp
 
@@ -74,6 +80,7 @@ def ship(
             run.pack_trained()
             run.measure(held_out, speed, None if text is not None else _HELD_OUT_CHUNKS)
             run.write_record()
+            run.write_lock()
             run.write_page()
             run.tidy()
     return read_record(run.out)
@@ -114,7 +121,7 @@ class _Run:
 
     def _refuse_what_is_there(self) -> None:
         """Files of our names that no run of ours made are not a stage done, and not ours to replace."""
-        names = (RECORD, PAGE, "checkpoint", *(path.name for path in (*self._ggufs(), self.certificate)))
+        names = (RECORD, PAGE, LOCK_NAME, "checkpoint", *(path.name for path in (*self._ggufs(), self.certificate)))
         there = next((self.out / name for name in names if (self.out / name).exists()), None)
         if there is not None:
             found = "this file, and no work/ to go on from"
@@ -214,6 +221,17 @@ class _Run:
             "measure": measured,
             "plan": self._planned(),
         })  # fmt: skip
+
+    def write_lock(self) -> None:
+        """lowbit.lock: reference, checkpoint, product, and that llama.cpp ran the product; one that says so stays."""
+        path = self.out / LOCK_NAME
+        release = scan_release(self.out)
+        members = tuple(locked(member) for member in release.members)
+        if path.exists() and read_lock(path).members == members:
+            return
+        version = f"xllamacpp {metadata.version('xllamacpp')}"
+        measured = Proof(runtime="llama.cpp", version=version, date=today(), result="pass", checks=("measure",))
+        write_lock(release, proved=[measured])
 
     def write_page(self) -> None:
         """report.html, where it is not there or a folder that was moved makes its commands wrong."""

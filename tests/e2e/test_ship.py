@@ -18,7 +18,15 @@ from lowbit.checkpoint.gguf_file import GgufFile
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 CERTIFICATE = "model-q4_0.gguf.certificate.json"
-NAMED = {"reference.gguf", "naive-q4_0.gguf", "model-q4_0.gguf", CERTIFICATE, "lowbit.json", "report.html"}
+NAMED = {
+    "reference.gguf",
+    "naive-q4_0.gguf",
+    "model-q4_0.gguf",
+    CERTIFICATE,
+    "lowbit.json",
+    "lowbit.lock",
+    "report.html",
+}
 KEPT = {"calibrated-q4_0.gguf", "checkpoint", "work"}
 FIGURES = ("perplexity", "kld_mean", "kld_p99", "top1", "rms_delta_p")
 
@@ -236,3 +244,17 @@ def test_chat(run: Path, lowbit_command: Command) -> None:
     done = lowbit_command("chat", run / "model-q4_0.gguf", "--prompt", "Hello", "--max-tokens", 4, "--threads", 1)
     assert done.returncode == 0, done.stderr
     assert done.stdout
+
+
+def test_a_run_passes_lowbit_check(lowbit_command: Command, run: Path) -> None:
+    """Its lock names what ships; every check that has something to look at passes, in the runtimes too."""
+    done = lowbit_command("check", run, "--json", "-")
+    result = json.loads(done.stdout)
+    assert done.returncode == 0, result
+    assert result["lock"] == str(run / "lowbit.lock")
+    roles = {member["role"]: member["path"] for member in result["members"]}
+    assert roles == {"base": "reference.gguf", "checkpoint": "checkpoint", "artifact": "model-q4_0.gguf"} | {
+        role: path for role, path in roles.items() if role in ("tokenizer", "chat_template")
+    }
+    status = {found["name"]: found["status"] for found in result["checks"]}
+    assert {name for name, said in status.items() if said == "n/a"} == {"projector", "drafter"}, result

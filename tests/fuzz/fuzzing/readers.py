@@ -13,6 +13,7 @@ import time
 import tracemalloc
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +36,24 @@ from lowbit.checkpoint.gguf_file import Field, GgufFile, TensorHead, write_heade
 from lowbit.checkpoint.model import read_json
 from lowbit.checkpoint.projector import open_projector
 from lowbit.cli import tables
-from lowbit.errors import BadConfig, LowbitError
+from lowbit.errors import BadConfig, BadFile, LowbitError
 from lowbit.inspect import inspect
 from lowbit.pack import certificate, imatrix, mmproj_types, tokenizer
 from lowbit.pack.calibration import Calibration
+from lowbit.release import lock as locks
+from lowbit.release import templates
+from lowbit.release.lock import Lock, Locked, Proof
+from lowbit.release.members import Member
+from lowbit.release.release_set import ReleaseSet
+from lowbit.release.runner import run_checks
+from lowbit.release.walk import hash_member
 from lowbit.report import terminal, view
 
 SLOWEST = 2.0  # seconds of CPU; the usual case takes milliseconds
 PER_BYTE, CONSTANT = 64, 32 << 20  # of memory, over the bytes that the case's files have
 _GGUFS = (*materials.CONFIGS, "llama-q8_0")
 _TYPES = tuple(GGMLQuantizationType)
+_STATIC = ("architecture", "context", "weights", "quantization", "vocabulary")
 
 
 class Place:
@@ -366,17 +375,58 @@ def run_record(place: Place, choices: Choices) -> None:
         report.render(record, path.parent)
 
 
+def lock_file(place: Place, choices: Choices) -> None:
+    """A lowbit.lock, read; what is read can be written and is read as the same."""
+    whole, parts = hash_member(place.path("llama"))
+    member = Locked(
+        role="base", path="llama", container="safetensors", size=whole.size, sha256=whole.sha256, files=parts[:2]
+    )
+    proof = Proof(runtime="llama.cpp", version="1", date="2026-11-24", result="pass", checks=("tokenizer",))
+    path = place.path("made.lock")
+    locks.write(path, Lock(members=(member,), proved=(proof,), created="2026-11-24T00:00:00+00:00", lowbit="0.1.0"))
+    good = path.read_bytes()
+    path.unlink()
+    lock = locks.read(place.put("x.lock", mutate_bytes(good, choices)))
+    again = place.put("y.lock", b"")
+    locks.write(again, lock)
+    assert locks.read(again) == replace(lock, created=lock.created or locks.read(again).created, lowbit=lock.lowbit or
+                                        locks.read(again).lowbit)  # fmt: skip
+
+
+def release_set(place: Place, choices: Choices) -> None:
+    """A base and a GGUF of it, one of their files changed, through the checks that run nothing."""
+    name = choices.of(("llama/config.json", "llama/tokenizer.json", "llama/tokenizer_config.json", "llama.gguf"))
+    if name.endswith("gguf"):
+        place.put(name, mutate_pieces(place.pieces["llama"], choices))
+    else:
+        place.put(name, mutate_json(place.good[name], choices))
+    base, artifact = place.path("llama"), place.path("llama.gguf")
+    members = (
+        Member(role="base", path=base, name="llama", container="safetensors"),
+        Member(role="artifact", path=artifact, name="llama.gguf", container="gguf"),
+        Member(role="tokenizer", path=base / "tokenizer.json", name="llama/tokenizer.json", container="text"),
+    )
+    verdicts = run_checks(ReleaseSet(place.path("."), members, None, None), _STATIC, quick=True)
+    assert {verdict.name for verdict in verdicts} == set(_STATIC)
+    assert all(verdict.detail.isprintable() and verdict.advice.isprintable() for verdict in verdicts)
+    json.dumps([verdict.to_json() for verdict in verdicts], ensure_ascii=False).encode("utf-8")
+    list(templates.of_file(artifact))
+    if wrong := [verdict for verdict in verdicts if verdict.status == "fail"]:
+        raise BadFile(wrong[0].detail)
+
+
 READERS: dict[str, Callable[[Place, Choices], None]] = {
     reader.__name__: reader
     for reader in (
         gguf, gguf_laid_out_again, safetensors_file, shards, config, tokenizer_json, trained, compressed, mlx,
         towers, importance, calibration, reference_cache, stated_certificate, run_record,
+        lock_file, release_set,
     )
 }  # fmt: skip
 # Of the cases, by how much of lowbit a reader reaches and how quick it is.
 SHARES = {name: 8 for name in READERS} | {
     "stated_certificate": 1, "run_record": 1, "gguf_laid_out_again": 3, "trained": 3, "safetensors_file": 5,
-    "mlx": 4, "towers": 6, "importance": 4, "calibration": 3, "reference_cache": 2,
+    "mlx": 4, "towers": 6, "importance": 4, "calibration": 3, "reference_cache": 2, "lock_file": 2, "release_set": 3,
 }  # fmt: skip
 
 
