@@ -875,6 +875,17 @@ def test_an_earlier_file_survives_a_full_disk(good: Materials, call: Callable[[l
         ([*pack, "--imatrix", "{gguf}"], "this GGUF is not an importance matrix; found general.type model"),
         (["pack", "--verify", "{gguf}", "--source", "{model}", "--imatrix", "{gguf}"], "--verify writes nothing"),
         ([*measure, "--kv-type", "q9"], "unknown KV cache type; found q9; expected f32, f16"),
+        ([*measure, "--kv", "q9"], "unknown KV cache type; found q9; expected f32, f16"),
+        ([*measure, "--kv", "q8_0:"], "unknown KV cache type; found q8_0:"),
+        ([*measure, "--kv", "q8_0", "--contexts", "4096"], "longer than the model was trained for; found 4096 tokens"),
+        ([*measure, "--kv", "q8_0", "--contexts", "1k"], "not whole numbers with commas between them: '1k'"),
+        ([*measure, "--kv", "q8_0", "--contexts", "64"], "a context too short for its KV cache to matter; found 64"),
+        ([*measure, "--kv", "q8_0", "--minutes", "0"], "impossible minutes; found 0.0; expected above 0"),
+        ([*measure, "--kv", "q8_0", "--kv-limit", "-1"], "impossible limit; found -1.0"),
+        ([*measure, "--contexts", "512"], "nothing takes these lengths or minutes"),
+        ([*measure, "--retrieval", "--depths", "50,120"], "impossible depths; found (0.5, 1.2)"),
+        ([*measure, "--speed-depths", "-1"], "impossible depths or slots"),
+        ([*measure, "--slots", "0"], "impossible depths or slots"),
     ],
 )  # fmt: skip
 def test_bad_words(good: Materials, call: Callable[[list[str]], Done], words: list[str], says: str) -> None:

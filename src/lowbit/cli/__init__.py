@@ -34,6 +34,7 @@ VERBS = {
     "chat": "talk to one artifact in the terminal, or to two side by side",
 }
 
+_JOURNALED = {"--kv", "--retrieval", "--speed-depths", "--slots"}  # what measure keeps beside its --json file
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 
@@ -95,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         resumable = verb in ("ship", "train") or (verb == "pack" and "--verify" not in words)
+        resumable |= verb == "measure" and "--json" in words and bool(_JOURNALED & set(words))
         return _fail("interrupted" + ("; the same command goes on from here" if resumable else ""), INTERRUPTED)
     except LowbitError as error:
         if debug:

@@ -143,6 +143,7 @@ def measure(
         raise BadOption("KV caches and retrieval are measured on a text", expected="--text and --against")
     questions = open_tasks(tasks) if tasks is not None else []
     opened = [opening.artifact(target, options) for target in listed]
+    long.check(opened, options)
     cache = Path(reference_cache) if reference_cache is not None else None
     with contextlib.ExitStack() as stack:
         reference = None

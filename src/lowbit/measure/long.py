@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lowbit import console, files, plan, run
+from lowbit.checkpoint.gguf_file import read_fields
 from lowbit.errors import BadOption, BadText, LowbitError, NotFound, Unsupported
 from lowbit.measure import journal as work
 from lowbit.measure import kv, needles, retrieval, slot_speed
@@ -30,7 +31,7 @@ from lowbit.measure.text import Text, read_text
 from lowbit.plan.options import PlanOptions
 from lowbit.run import _kv_types
 from lowbit.run._llama_slots import Slots
-from lowbit.run.llama_cpp import LlamaCpp
+from lowbit.run.llama_cpp import LlamaCpp, check_file
 from lowbit.threads import thread_count
 
 if TYPE_CHECKING:
@@ -71,6 +72,42 @@ def _sha256(path: Path) -> str:
     if not path.exists():
         raise NotFound("no such file", where=path)
     return files.folder_sha256(path) if path.is_dir() else files.sha256(path)
+
+
+def check(artifacts: Sequence[Artifact], options: MeasureOptions) -> None:
+    """Raises at once what the long measurements would raise after the others: a KV cache type or a runtime that cannot
+    be, a context that the model was not trained for."""
+    asked = sections(options)
+    lengths = [
+        *(options.kv.contexts if options.kv else ()),
+        *(options.retrieval.lengths if options.retrieval else ()),
+        *([options.speed_at.context] if options.speed_at else ()),
+    ]
+    for artifact in artifacts if asked else ():
+        if artifact.runtime is not LlamaCpp:
+            if asked != ["kv"]:
+                what = "retrieval and speed at a depth are measured in llama.cpp only"
+                raise Unsupported(what, where=artifact.target, found=artifact.runtime.name)
+            continue
+        for name in _types(options):
+            _kv_types.parse(name)
+        if max(lengths) > (trained := _trained_context(Path(artifact.target))):
+            raise BadOption(
+                "longer than the model was trained for", where=artifact.target, found=f"{max(lengths)} tokens",
+                expected=f"at most {trained:.0f}", hint="Give smaller --contexts or --speed-depths",
+            )  # fmt: skip
+
+
+def _types(options: MeasureOptions) -> tuple[str, ...]:
+    return options.kv.ordered if options.kv is not None else (options.kv_type,)
+
+
+def _trained_context(path: Path) -> float:
+    """As the file says; infinite where it does not."""
+    check_file(path)
+    values = {field.key: field.value for field in read_fields(path)}
+    found = values.get(f"{values.get('general.architecture')}.context_length")
+    return found if isinstance(found, int) and found > 0 else float("inf")
 
 
 def measure(
@@ -196,23 +233,11 @@ def _cache_bytes(
 
 def _opened(artifact: Artifact, context: int) -> Any:
     asked = {"context": context, "ubatch": _UBATCH, "kv_type": None}
-    model = run.open_artifact(artifact.target, artifact.runtime.name, **{**artifact.options, **asked})
-    _check_trained(model, context)
-    return model
+    return run.open_artifact(artifact.target, artifact.runtime.name, **{**artifact.options, **asked})
 
 
 def _with_caches(model: Any, types: Sequence[str]) -> list[Any]:
     return [model, *(model.beside(kv_type=name) for name in types[1:])]
-
-
-def _check_trained(model: Any, context: int) -> None:
-    trained = getattr(model, "n_context_train", None)
-    if trained and context > trained:
-        model.close()
-        raise BadOption(
-            "longer than the model was trained for", where=model.path, found=f"{context} tokens",
-            expected=f"at most {trained}", hint="Give smaller --contexts",
-        )  # fmt: skip
 
 
 def _sequences(text: Text, context: int, tokens: int, bos: int | None) -> np.ndarray:
@@ -238,7 +263,7 @@ def _retrieval(
 ) -> dict[str, Any]:
     asked = options.retrieval
     assert asked is not None
-    types = options.kv.ordered if options.kv is not None else (options.kv_type,)
+    types = _types(options)
     if reference.runtime is LlamaCpp:
         probed = [(reference, (kv.BASE,)), *((a, types) for a in artifacts)]
     else:
@@ -294,12 +319,8 @@ def _retrieval(
 
 
 def _slots(artifact: Artifact, length: int, kv_type: str, threads: int | None) -> Slots:
-    if artifact.runtime is not LlamaCpp:
-        raise Unsupported("retrieval is probed in llama.cpp only", where=artifact.target, found=artifact.runtime.name)
     room = length + 64  # one cache for the text, a question and an answer
-    model = Slots(artifact.target, sequences=3, context=room, unified=True, threads=threads, kv_type=kv_type)
-    _check_trained(model, length)
-    return model
+    return Slots(artifact.target, sequences=3, context=room, unified=True, threads=threads, kv_type=kv_type)
 
 
 # Speed
@@ -308,14 +329,8 @@ def _slots(artifact: Artifact, length: int, kv_type: str, threads: int | None) -
 def _speed(artifacts: Sequence[Artifact], options: MeasureOptions, journal: Journal, budget: Budget) -> dict[str, Any]:
     asked = options.speed_at
     assert asked is not None
-    types = options.kv.ordered if options.kv is not None else (options.kv_type,)
+    types = _types(options)
     kinds = [(i, kind) for i in range(len(artifacts)) for kind in types]
-    for artifact in artifacts:
-        if artifact.runtime is not LlamaCpp:
-            what = "speed at a depth is measured in llama.cpp only"
-            raise Unsupported(what, where=artifact.target, found=artifact.runtime.name)
-        with _slots(artifact, asked.context, types[0], options.threads):
-            pass  # errors of the file and of the options, before a process hides them
     reports: dict[tuple[int, str], list[list[dict[str, Any]]]] = {kind: [] for kind in kinds}
     order = slot_speed.turns(kinds, asked.repeats)
     with console.progress("Measuring speed at depths", total=len(order), unit="runs") as bar:
