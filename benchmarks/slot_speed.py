@@ -1,9 +1,10 @@
 """Checks the speeds of `lowbit measure --speed-depths --slots` against llama-batched-bench.
 
-python benchmarks/slot_speed.py model.gguf --batched-bench PATH: prompt and generation, tokens a second of processor time,
-of this package's llama.cpp and of the given build, on one thread, a run of each in turn, with Student's intervals of the
-ratio. Processor time, and of llama-batched-bench differences of two runs of unlike lengths, so that neither a busy
-machine nor starting up counts. The build must use the vector instructions that the package's does, or the ratio is that of the kernels.
+python benchmarks/slot_speed.py model.gguf --batched-bench PATH: prompt and generation, tokens a second of processor
+time, of this package's llama.cpp and of the given build, on one thread, a run of each in turn, with Student's intervals
+of the ratio. Processor time, and of llama-batched-bench differences of two runs of unlike lengths, so that neither a
+busy machine nor starting up counts. The build must use the vector instructions that the package's does, or the ratio is
+that of the kernels.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def main() -> None:
             ratio = repeated([own[i] / other[i] for own, other in pairs], "ratio")
             own, other = (repeated([pair[k][i] for pair in pairs], "tokens/s") for k in (0, 1))
             print(
-                f"{slots} slots, {what}: lowbit {own.value:.0f}, llama-batched-bench {other.value:.0f} tokens a second; "
+                f"{slots} slots, {what}: lowbit {own.value:.0f}, llama-batched-bench {other.value:.0f} tokens/s; "
                 f"ratio {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}], {ratio.n} pairs",
                 flush=True,
             )
