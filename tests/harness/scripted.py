@@ -24,6 +24,7 @@ class Scripted:
     """Gives its replies one after the other; the last one again and again."""
 
     name = "scripted"
+    dialect: str | None = None
 
     def __init__(self, *replies: Reply, piece: int = 3) -> None:
         self.replies, self.sent, self.holds, self.refused, self._piece = list(replies), [], set(), set(), piece

@@ -135,3 +135,20 @@ def test_results_and_descriptions_are_text() -> None:
         dialect = dialects.get(name)
         assert "now" in dialect.describe([tool])
         assert "20 degrees" in dialect.result_text("now", "20 degrees")
+
+
+@pytest.mark.parametrize(
+    "template, name",
+    [
+        ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}", None),
+        ("{% if tools %}... <tool_call>\\n{...}\\n</tool_call> {% endif %}", "hermes"),
+        ("{% if tools %}<tool_call>\n<function={{ name }}>\n<parameter={{ k }}>{% endif %}", "qwen_coder"),
+        ("{% if tools %}{{ '<|tool_call>call:' }}{% endif %}", "gemma4"),
+        ("{% if tools %}<start_function_call>call:{% endif %}", "function_gemma"),
+        ("{% if tools %}<|python_tag|>{% endif %}", "llama3"),
+        ("{% if tools %}[TOOL_CALLS]{% endif %}", "mistral"),
+        ("{% if tools %}Answer with JSON.{% endif %}", "bare_json"),
+    ],
+)
+def test_the_dialect_of_a_template(template: str, name: str | None) -> None:
+    assert dialects.of_template(template) == name

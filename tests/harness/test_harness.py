@@ -161,6 +161,23 @@ def test_a_required_call_is_forced_by_a_schema(weather: dict[str, Any]) -> None:
     }
 
 
+def test_tools_in_words_for_a_template_that_has_none(weather: dict[str, Any]) -> None:
+    upstream = Scripted('<tool_call>{"name": "get_weather", "arguments": {"city": "Oslo"}}</tool_call>')
+    upstream.refused.add("tools")
+    talk = [
+        *USER,
+        {"role": "assistant", "content": None, "tool_calls": [call("get_weather", '{"city": "Rome"}')]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
+        {"role": "user", "content": "And Oslo?"},
+    ]
+    found = complete(upstream, tools=[weather], messages=talk)
+    assert found["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"] == '{"city": "Oslo"}'
+    sent = upstream.sent[0]
+    assert "tools" not in sent and [m["role"] for m in sent["messages"]] == ["system", "user", "assistant", "user"]
+    assert "get_weather" in sent["messages"][0]["content"] and "<tool_call>" in sent["messages"][2]["content"]
+    assert sent["messages"][3]["content"] == "<tool_response>\nsunny\n</tool_response>\nAnd Oslo?"
+
+
 def test_identical_calls_are_cut(weather: dict[str, Any]) -> None:
     nine = {"content": None, "tool_calls": [call("get_weather", '{"city": "Rome"}', f"c{i}") for i in range(9)]}
     found = complete(Scripted(nine), tools=[weather], parallel_tool_calls=False)

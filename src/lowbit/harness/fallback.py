@@ -36,6 +36,7 @@ class Fallback:
         self._upstream, self._price, self._ledger = upstream, price, ledger
         self._log = Path(log) if log is not None else None
         self.name, self.holds, self.refused = upstream.name, upstream.holds, upstream.refused
+        self.dialect = upstream.dialect
 
     async def chat(self, body: dict[str, Any], seconds: float) -> dict[str, Any]:
         """As HttpUpstream.chat; raises UpstreamFailed with status 402 where the cap would be passed."""

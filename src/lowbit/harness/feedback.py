@@ -8,6 +8,7 @@ from typing import Any
 
 from lowbit.harness.answer import Answer
 from lowbit.harness.failures import Problem, UpstreamFailed
+from lowbit.harness.in_words import with_system, written
 from lowbit.harness.request import Request
 from lowbit.harness.trace import Trace
 from lowbit.harness.upstream import Upstream
@@ -21,12 +22,14 @@ def shaped(asked: Request, upstream: Upstream) -> Request:
 
     A schema goes along as response_format where the server has a grammar for it, and in words where it has none or
     the grammar does not hold all of it. A call that must come is asked for by a schema of its own where the server
-    is known not to enforce tool_choice. A schema and tools together go without the grammar: with it, a server would
-    allow no call.
+    is known not to enforce tool_choice. Tools are described in words where the template has none. A schema and tools
+    together go without the grammar: with it, a server would allow no call.
     """
     grammar = asked.options.on("grammar") and "grammar" not in upstream.refused
     if asked.forced is not None and "required" in upstream.refused:
         return _forced_by_schema(asked, grammar)
+    if asked.tools and "tools" in upstream.refused:
+        asked = written(asked, upstream.dialect)
     if asked.schema is None:
         return asked
     if grammar and not asked.tools:
@@ -92,7 +95,7 @@ def _forced_by_schema(asked: Request, grammar: bool) -> Request:
         "Call one of these tools. Answer with JSON alone, an object with the name of the tool and its arguments: "
         f'{{"name": ..., "arguments": {{...}}}}\n{listed}'
     )
-    changed = asked.changed(messages=_with_system(asked.messages, words), tools=None, tool_choice=None)
+    changed = asked.changed(messages=with_system(asked.messages, words), tools=None, tool_choice=None)
     changed = changed.changed(parallel_tool_calls=None, response_format=None)
     if not grammar:
         return changed
@@ -102,15 +105,7 @@ def _forced_by_schema(asked: Request, grammar: bool) -> Request:
 
 def _told(asked: Request, schema: Any) -> Request:
     words = f"Answer with JSON alone, without any other text. It must follow this JSON Schema:\n{json.dumps(schema)}"
-    return asked.changed(messages=_with_system(asked.messages, words))
-
-
-def _with_system(messages: list[dict[str, Any]], words: str) -> list[dict[str, Any]]:
-    """The messages with words added to the system message, which templates take at the beginning alone."""
-    first = messages[0]
-    if first["role"] in ("system", "developer") and isinstance(first.get("content"), str):
-        return [first | {"content": f"{first['content']}\n\n{words}"}, *messages[1:]]
-    return [{"role": "system", "content": words}, *messages]
+    return asked.changed(messages=with_system(asked.messages, words))
 
 
 def _warmer(asked: Request) -> Request:

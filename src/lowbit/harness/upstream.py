@@ -15,9 +15,11 @@ _LARGEST = 64 << 20  # bytes of a whole answer
 
 class Upstream(Protocol):
     """name: for people. holds: what it is known to do: "grammar" (what it generates under a schema follows it).
-    refused: what it was found not to do: "grammar", "required" (tool_choice), "tools" (its template has none)."""
+    refused: what it was found not to do: "grammar", "required" (tool_choice), "tools" (its template has none).
+    dialect: how the model writes tool calls, where that is known."""
 
     name: str
+    dialect: str | None
     holds: set[str]
     refused: set[str]
 
@@ -35,6 +37,7 @@ class HttpUpstream:
     def __init__(self, url: str, *, key: str | None = None, model: str | None = None, connections: int = 256) -> None:
         self.url, self.model = url.rstrip("/"), model
         self.name = model or self.url
+        self.dialect: str | None = None
         self.holds: set[str] = set()
         self.refused: set[str] = set()
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}

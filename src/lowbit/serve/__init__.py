@@ -77,6 +77,9 @@ async def running_model(
     upstream = HttpUpstream("http://127.0.0.1:0/v1")
     upstream.name = path.stem
     upstream.holds.add("grammar")
+    upstream.dialect, has_tools = model_server.told_by_template(path, settled.template)
+    if not has_tools:
+        upstream.refused.add("tools")
 
     def moved(url: str) -> None:
         upstream.url = url

@@ -18,6 +18,7 @@ from lowbit import console, plan
 from lowbit.checkpoint import resolve
 from lowbit.checkpoint.gguf_file import GgufFile
 from lowbit.errors import BadFile, BadOption, LowbitError, NotFound
+from lowbit.harness import dialects
 from lowbit.release import lock as locks
 from lowbit.run import _kv_types
 from lowbit.run.llama_server import LlamaServer
@@ -120,6 +121,13 @@ def control_tokens(path: Path) -> list[str]:
     if not isinstance(tokens, list) or not isinstance(types, list):
         return []
     return [t for t, kind in zip(tokens, types, strict=False) if kind == _CONTROL and isinstance(t, str) and len(t) > 1]
+
+
+def told_by_template(path: Path, template: Path | None) -> tuple[str | None, bool]:
+    """The dialect of the chat template, and whether it knows tools at all."""
+    text = template.read_text(encoding="utf-8") if template else GgufFile(path).values.get("tokenizer.chat_template")
+    text = text if isinstance(text, str) else ""
+    return dialects.of_template(text), "tools" in text
 
 
 def available_bytes() -> int | None:

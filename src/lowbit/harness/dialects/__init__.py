@@ -9,7 +9,7 @@ import pkgutil
 from lowbit.errors import BadOption
 from lowbit.harness.dialects.base import Dialect
 
-__all__ = ["Dialect", "get", "likely", "names"]
+__all__ = ["Dialect", "get", "likely", "names", "of_template"]
 
 
 @functools.cache
@@ -28,6 +28,15 @@ def _dialects() -> dict[str, Dialect]:
 def names() -> tuple[str, ...]:
     """The dialects there are."""
     return tuple(_dialects())
+
+
+def of_template(template: str) -> str | None:
+    """The dialect that a chat template writes calls in; None where it has no tools. It is told by the marks that the
+    template itself spells."""
+    found = [d for d in _dialects().values() if d.marks and all(mark in template for mark in d.marks)]
+    if found:
+        return max(found, key=lambda d: len("".join(d.marks))).name
+    return "bare_json" if "tools" in template else None
 
 
 def likely(text: str) -> tuple[str, ...]:
