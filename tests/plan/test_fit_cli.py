@@ -63,6 +63,8 @@ def test_a_page(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         (("gema-3-1b", "--ram", "8GiB"), "Did you mean gemma-3-1b"),
         (("quux", "--ram", "8GiB"), "Public models have names here too: gemma-3"),
         (("gemma-3-1b", "--ram", "4GiB", "--runtime", "mlx", "--kv", "q8_0"), "mlx has no such KV type"),
+        (("gemma-3-1b", "--ram", "4GiB", "--kv", "q8_0,zz"), "llama.cpp has no such KV type; found zz"),
+        (("gemma-3-1b", "--ram", "4GiB", "--recipe", "mlx_affine4_g64"), "does not run this format; found mlx_aff"),
         (("gemma-3-1b", "--runtime", "ollama"), "expected one of litert-lm, llama.cpp, mlx, vllm"),
         (("gemma-3-1b", "--html", "/dev/null/page.html", "--runtime", "mlx"), "page.html"),
     ],

@@ -117,9 +117,9 @@ def fit(model: str | Path, options: PlanOptions, fit_options: FitOptions) -> Fit
 
 def fit_model(model: PlanModel, options: PlanOptions, fit: FitOptions) -> Fit:
     """The longest context of one model for each KV type and number of slots."""
-    runtime = runtimes.get(options.runtime)
+    runtime = _runtime(options, fit)
     best = [
-        longest(model, replace(options, slots=slots, kv_type_k=kv_type, kv_type_v=kv_type), fit)
+        _choice(model, replace(options, slots=slots, kv_type_k=kv_type, kv_type_v=kv_type), fit)
         for kv_type in fit.kv_types or runtime.usual_kv_types
         for slots in fit.slots or SLOTS
     ]
@@ -128,7 +128,7 @@ def fit_model(model: PlanModel, options: PlanOptions, fit: FitOptions) -> Fit:
 
 def fit_family(name: str, models: Sequence[Listed], options: PlanOptions, fit: FitOptions) -> Fit:
     """The longest context of every model of a family in every usual format and KV type."""
-    runtime = runtimes.get(options.runtime)
+    runtime = _runtime(options, fit)
     choices = [
         {"recipe": recipe, "kv_type_k": kv_type, "kv_type_v": kv_type, "slots": slots}
         for recipe in fit.recipes or runtime.recipes
@@ -140,7 +140,7 @@ def fit_family(name: str, models: Sequence[Listed], options: PlanOptions, fit: F
         for listed in models:
             with open_listed(listed) as model:
                 for choice in choices:
-                    best.append(longest(model, replace(options, **choice), fit))  # type: ignore[arg-type]
+                    best.append(_choice(model, replace(options, **choice), fit))  # type: ignore[arg-type]
                     bar.advance(1)
     # A KV type that no model of the family can have is a remark, not a column.
     possible = {b.kv_type for b in best if b.least_bytes}
@@ -149,7 +149,8 @@ def fit_family(name: str, models: Sequence[Listed], options: PlanOptions, fit: F
 
 
 def longest(model: PlanModel, options: PlanOptions, fit: FitOptions) -> Best:
-    """The longest context that leaves the margin free, at most what the model was trained for."""
+    """The longest context that leaves the margin free, at most what the model was trained for. Raises BadOption or
+    Unsupported where the runtime refuses the options."""
     runtime, slots = runtimes.get(options.runtime), options.slots or 1
     usable = fit.room - _margin(runtime, fit)[0]
     caches = 1 if options.kv_unified else slots  # slots share a unified cache, and one may have all of it
@@ -161,10 +162,7 @@ def longest(model: PlanModel, options: PlanOptions, fit: FitOptions) -> Best:
         return sum(row.bytes for row in runtime.resident(made[per_slot], gpu=fit.gpu))
 
     low, high = min(LEAST, model.trained_context), model.trained_context
-    try:
-        least = bytes_of(low)
-    except (BadOption, Unsupported) as refused:
-        return _refused(model, options, slots, refused)
+    least = bytes_of(low)
     if least > usable:
         low = high = 0
     elif bytes_of(high) <= usable:
@@ -175,18 +173,33 @@ def longest(model: PlanModel, options: PlanOptions, fit: FitOptions) -> Best:
     found = made[low] if low else made[min(LEAST, model.trained_context)]
     rows = runtime.resident(found, gpu=fit.gpu)
     return Best(
-        model=model.name, recipe=found.settings["recipe"], kv_type=options.kv_type_k or "", slots=slots,
+        model=model.name, recipe=found.settings["recipe"], kv_type=options.kv_type_k, slots=slots,
         context_per_slot=low, limit="training" if low == model.trained_context else "memory",
         total_bytes=sum(row.bytes for row in rows), least_bytes=least,
         weights_bytes=sum(row.bytes for row in rows if row.part == "weights"),
     )  # fmt: skip
 
 
-def _refused(model: PlanModel, options: PlanOptions, slots: int, refused: BadOption | Unsupported) -> Best:
-    return Best(
-        model=model.name, recipe=options.recipe, kv_type=options.kv_type_k or "", slots=slots, context_per_slot=0,
-        limit=refused.what, total_bytes=0, weights_bytes=0, least_bytes=0,
-    )  # fmt: skip
+def _choice(model: PlanModel, options: PlanOptions, fit: FitOptions) -> Best:
+    """The longest context, or one of 0 with the sentence in which the runtime refuses the choice."""
+    try:
+        return longest(model, options, fit)
+    except (BadOption, Unsupported) as refused:
+        found = f"; found {refused.found}" if refused.found else ""
+        return Best(
+            model=model.name, recipe=options.recipe, kv_type=options.kv_type_k, slots=options.slots or 1,
+            context_per_slot=0, limit=f"{refused.what}{found}", total_bytes=0, weights_bytes=0, least_bytes=0,
+        )  # fmt: skip
+
+
+def _runtime(options: PlanOptions, fit: FitOptions) -> Runtime:
+    """The runtime, if it has the KV types that are asked for."""
+    runtime = runtimes.get(options.runtime)
+    for kv_type in fit.kv_types or ():
+        if kv_type not in runtime.kv_types:
+            expected = ", ".join(runtime.kv_types)
+            raise BadOption(f"{runtime.name} has no such KV type", found=kv_type[:40], expected=expected)
+    return runtime
 
 
 def _margin(runtime: Runtime, fit: FitOptions) -> tuple[int, str]:
@@ -210,11 +223,8 @@ def _notes(best: Sequence[Best]) -> tuple[str, ...]:
         found.append("*: all of the context that the model was trained for")
     if any(b.least_bytes and not b.context_per_slot for b in best):
         found.append(f"–: not even {LEAST} tokens fit")
-    refused: dict[str, list[str]] = {}
-    for one in best:
-        if not one.least_bytes:
-            refused.setdefault(one.limit, []).append(f"{one.kv_type}")
-    found += [f"no: {why} ({', '.join(dict.fromkeys(kinds))})" for why, kinds in refused.items()]
+    refused = dict.fromkeys(one.limit for one in best if not one.least_bytes)
+    found += [f"no: {why}" for why in refused]
     return tuple(found)
 
 
@@ -235,6 +245,6 @@ def nothing_fits(fit: Fit) -> Unsupported | None:
         "nothing fits", where=fit.name,
         found=f"{format_bytes(fit.room_bytes)}, of which {format_bytes(fit.margin_bytes)} stay free",
         expected=f"{format_bytes(needs)} for {least.model} in {least.recipe or 'its own types'} with {LEAST} tokens of "
-        f"context in {least.kv_type}, one slot",
+        f"context in {least.kv_type}, {least.slots} slot{'s' if least.slots > 1 else ''}",
         hint="Take a smaller --recipe or model, or a smaller --margin",
     )  # fmt: skip
