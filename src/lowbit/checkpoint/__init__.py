@@ -7,7 +7,8 @@ codes and scales that the packer will copy.
 
 from __future__ import annotations
 
-from lowbit.checkpoint.model import Checkpoint, TensorInfo, open_checkpoint
+from lowbit.checkpoint.model import Checkpoint, TensorInfo
+from lowbit.checkpoint.open import open_checkpoint
 from lowbit.checkpoint.resolve import resolve
 from lowbit.checkpoint.write import Tensor, write_checkpoint
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from lowbit.checkpoint import projectors
 from lowbit.checkpoint.families.base import Family
+from lowbit.checkpoint.folder_checkpoint import FolderCheckpoint
 from lowbit.checkpoint.gguf_file import Field
-from lowbit.checkpoint.model import FolderCheckpoint, read_json
+from lowbit.checkpoint.model import read_json
 from lowbit.checkpoint.projectors import preprocessor
 from lowbit.checkpoint.resolve import resolve
 from lowbit.errors import BadConfig, NotFound, Unsupported
