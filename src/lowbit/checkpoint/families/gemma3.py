@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from lowbit.checkpoint.families import _decoder_gguf
 from lowbit.checkpoint.families.base import (
     Family,
     Gguf,
@@ -19,13 +20,11 @@ from lowbit.checkpoint.families.base import (
     decoder_tensors,
     mlx_rope,
     multimodal_name,
-    real,
     rope_parameters,
-    text,
     uint,
 )
 from lowbit.checkpoint.gguf_file import Field
-from lowbit.errors import BadConfig, BadFile, Unsupported
+from lowbit.errors import BadConfig, Unsupported
 
 _PERIOD = 6
 _LOCAL_THETA, _GLOBAL_THETA = 10_000.0, 1_000_000.0
@@ -118,23 +117,8 @@ class Gemma3(Family):
         return stored_name.startswith(_OTHER_PARTS) or (tied and stored_name.endswith("lm_head.weight"))
 
     def metadata(self, config: Mapping[str, Any]) -> list[Field]:
-        rope = _ropes(config, "config")[0]
-        fields = [
-            uint("gemma3.context_length", config["max_position_embeddings"]),
-            uint("gemma3.embedding_length", config["hidden_size"]),
-            uint("gemma3.block_count", config["num_hidden_layers"]),
-            uint("gemma3.feed_forward_length", config["intermediate_size"]),
-            uint("gemma3.attention.head_count", config["num_attention_heads"]),
-            uint("gemma3.attention.head_count_kv", config["num_key_value_heads"]),
-            real("gemma3.attention.layer_norm_rms_epsilon", config["rms_norm_eps"]),
-            uint("gemma3.attention.key_length", config["head_dim"]),
-            uint("gemma3.attention.value_length", config["head_dim"]),
-            uint("gemma3.attention.sliding_window", config["sliding_window"]),
-            real("gemma3.rope.freq_base", rope["rope_theta"]),
-        ]
-        if rope["rope_type"] == "linear":
-            fields += [text("gemma3.rope.scaling.type", "linear"), real("gemma3.rope.scaling.factor", rope["factor"])]
-        return fields
+        fields = _decoder_gguf.metadata("gemma3", config, _ropes(config, "config")[0], config["head_dim"])
+        return [*fields, uint("gemma3.attention.sliding_window", config["sliding_window"])]
 
     def mlx_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         full, local = _ropes(config, "config")
@@ -144,49 +128,29 @@ class Gemma3(Family):
 
     def config_from_gguf(self, values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: object) -> dict:
         keys = Gguf(values, "gemma3", where)
-        keys.only(
-            "context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count",
-            "attention.head_count_kv", "attention.layer_norm_rms_epsilon", "attention.key_length", "vocab_size",
-            "attention.value_length", "attention.sliding_window", "rope.freq_base", "rope.scaling.type",
-            "rope.scaling.factor", "rope.dimension_count", "rope.freq_base_swa", "attention.sliding_window_pattern",
-        )  # fmt: skip
+        own = ("attention.sliding_window", "rope.freq_base_swa", "attention.sliding_window_pattern")
+        keys.only(*_decoder_gguf.KEYS, *own)
         period, local_theta = keys.get("attention.sliding_window_pattern", _PERIOD), keys.get("rope.freq_base_swa")
         if period != _PERIOD or local_theta not in (None, _LOCAL_THETA):
             found = f"pattern {period}, base {local_theta}"
             raise Unsupported("this window pattern or base is not supported", where=where, found=found)
-        heads, hidden = keys.size("attention.head_count"), keys.size("embedding_length")
-        layers = keys.size("block_count")
-        head_dim = keys.size("attention.key_length", 256)
-        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base", _GLOBAL_THETA)}
-        if keys.get("rope.scaling.type", "none") == "linear":
-            rope |= {"rope_type": "linear", "factor": keys.number("rope.scaling.factor")}
-        elif keys.get("rope.scaling.type", "none") != "none":
-            raise Unsupported("this rope scaling is not supported", where=where, found=keys.get("rope.scaling.type"))
-        if "token_embd.weight" not in shapes:
-            raise BadFile("the tensor token_embd.weight is missing", where=where)
+        sizes = _decoder_gguf.sizes(keys, shapes)
+        layers, head_dim = sizes["num_hidden_layers"], keys.size("attention.key_length", 256)
+        wide = sizes["hidden_size"] // sizes["num_attention_heads"]
         return {
             "architectures": ["Gemma3ForCausalLM"],
             "attention_bias": False,
             "head_dim": head_dim,
             "hidden_activation": "gelu_pytorch_tanh",
-            "hidden_size": hidden,
-            "intermediate_size": keys.size("feed_forward_length"),
             "layer_types": _layer_types(layers),
-            "max_position_embeddings": keys.size("context_length"),
             "model_type": "gemma3_text",
-            "num_attention_heads": heads,
-            "num_hidden_layers": layers,
-            "num_key_value_heads": keys.size("attention.head_count_kv", heads),
-            "query_pre_attn_scalar": hidden // heads if layers == _27B_LAYERS else head_dim,
-            "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
+            "query_pre_attn_scalar": wide if layers == _27B_LAYERS else head_dim,
             "rope_parameters": {
-                "full_attention": rope,
+                "full_attention": _decoder_gguf.rope(keys, _GLOBAL_THETA),
                 "sliding_attention": {"rope_type": "default", "rope_theta": _LOCAL_THETA},
             },
             "sliding_window": keys.size("attention.sliding_window"),
-            "tie_word_embeddings": "output.weight" not in shapes,
-            "vocab_size": shapes["token_embd.weight"][0],
-            **keys.token_ids(),
+            **sizes,
         }
 
 

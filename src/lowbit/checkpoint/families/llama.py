@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from lowbit.checkpoint.families import _decoder_gguf
 from lowbit.checkpoint.families.base import (
     Family,
     Gguf,
@@ -19,13 +20,11 @@ from lowbit.checkpoint.families.base import (
     LayerCache,
     TensorSpec,
     mlx_rope,
-    real,
     rope_of,
-    text,
     uint,
 )
 from lowbit.checkpoint.gguf_file import Field
-from lowbit.errors import BadConfig, BadFile, Unsupported
+from lowbit.errors import BadConfig, Unsupported
 
 _ROPE = {
     "default": (),
@@ -122,67 +121,28 @@ class Llama(Family):
 
     def metadata(self, config: Mapping[str, Any]) -> list[Field]:
         head_dim, rope = _head_dim(config), _rope(config, "config")
-        heads = config["num_attention_heads"]
-        fields = [
-            uint("llama.block_count", config["num_hidden_layers"]),
-            uint("llama.context_length", config["max_position_embeddings"]),
-            uint("llama.embedding_length", config["hidden_size"]),
-            uint("llama.feed_forward_length", config["intermediate_size"]),
-            uint("llama.attention.head_count", heads),
-            uint("llama.attention.head_count_kv", config.get("num_key_value_heads") or heads),
-            real("llama.attention.layer_norm_rms_epsilon", config["rms_norm_eps"]),
-            uint("llama.attention.key_length", head_dim),
-            uint("llama.attention.value_length", head_dim),
-            real("llama.rope.freq_base", rope["rope_theta"]),
-            uint("llama.rope.dimension_count", head_dim),
-            uint("llama.vocab_size", config["vocab_size"]),
-        ]
-        if rope["rope_type"] == "linear":
-            fields += [text("llama.rope.scaling.type", "linear"), real("llama.rope.scaling.factor", rope["factor"])]
-        return fields
+        own = [uint("llama.rope.dimension_count", head_dim), uint("llama.vocab_size", config["vocab_size"])]
+        return _decoder_gguf.metadata("llama", config, rope, head_dim) + own
 
     def mlx_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return {**config, **mlx_rope(_rope(config, "config"))}
 
     def config_from_gguf(self, values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: object) -> dict:
         keys = Gguf(values, "llama", where)
-        keys.only(
-            "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
-            "attention.head_count_kv", "attention.layer_norm_rms_epsilon", "attention.key_length",
-            "attention.value_length", "rope.freq_base", "rope.dimension_count", "rope.scaling.type",
-            "rope.scaling.factor", "vocab_size", "expert_count", "expert_used_count", "tensor_data_layout",
-        )  # fmt: skip
+        keys.only(*_decoder_gguf.KEYS, "expert_count", "expert_used_count", "tensor_data_layout")
         if keys.get("expert_count", 0):
             raise Unsupported("mixture-of-experts models are not supported", where=where, found="llama.expert_count")
-        heads, hidden = keys.size("attention.head_count"), keys.size("embedding_length")
-        head_dim = keys.size("attention.key_length", hidden // heads)
-        if keys.size("rope.dimension_count", head_dim) != head_dim:
-            raise Unsupported("rotary embedding of a part of the head is not supported", where=where)
-        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base", 10000.0)}
-        if keys.get("rope.scaling.type", "none") == "linear":
-            rope |= {"rope_type": "linear", "factor": keys.number("rope.scaling.factor")}
-        elif keys.get("rope.scaling.type", "none") != "none":
-            raise Unsupported("this rope scaling is not supported", where=where, found=keys.get("rope.scaling.type"))
-        if "token_embd.weight" not in shapes:
-            raise BadFile("the tensor token_embd.weight is missing", where=where)
+        sizes = _decoder_gguf.sizes(keys, shapes)
+        head_dim = _decoder_gguf.whole_heads(keys, sizes["hidden_size"] // sizes["num_attention_heads"])
         return {
             "architectures": ["LlamaForCausalLM"],
             "attention_bias": "blk.0.attn_q.bias" in shapes,
             "mlp_bias": "blk.0.ffn_up.bias" in shapes,
             "head_dim": head_dim,
             "hidden_act": "silu",
-            "hidden_size": hidden,
-            "intermediate_size": keys.size("feed_forward_length"),
-            "max_position_embeddings": keys.size("context_length"),
             "model_type": "llama",
-            "num_attention_heads": heads,
-            "num_hidden_layers": keys.size("block_count"),
-            "num_key_value_heads": keys.size("attention.head_count_kv", heads),
-            "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
-            "rope_parameters": rope,
-            "tie_word_embeddings": "output.weight" not in shapes,
-            "vocab_size": shapes["token_embd.weight"][0],
-            **keys.token_ids(),
+            "rope_parameters": _decoder_gguf.rope(keys, 10_000.0),
+            **sizes,
         }
 
     def computed(self, config: Mapping[str, Any]) -> dict[str, np.ndarray]:

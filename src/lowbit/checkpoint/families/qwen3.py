@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lowbit.checkpoint.families import _decoder_gguf
 from lowbit.checkpoint.families.base import (
     Family,
     Gguf,
@@ -17,13 +18,10 @@ from lowbit.checkpoint.families.base import (
     TensorSpec,
     decoder_tensors,
     mlx_rope,
-    real,
     rope_of,
-    text,
-    uint,
 )
 from lowbit.checkpoint.gguf_file import Field
-from lowbit.errors import BadConfig, BadFile, Unsupported
+from lowbit.errors import BadConfig, Unsupported
 
 _ROPE: dict[str, tuple[str, ...]] = {"default": (), "linear": ("factor",)}
 _HEAD_DIM = 128  # what Qwen3Config fills in
@@ -92,64 +90,23 @@ class Qwen3(Family):
         return stored_name == "lm_head.weight" and bool(config.get("tie_word_embeddings"))
 
     def metadata(self, config: Mapping[str, Any]) -> list[Field]:
-        rope = _rope(config, "config")
-        fields = [
-            uint("qwen3.block_count", config["num_hidden_layers"]),
-            uint("qwen3.context_length", config["max_position_embeddings"]),
-            uint("qwen3.embedding_length", config["hidden_size"]),
-            uint("qwen3.feed_forward_length", config["intermediate_size"]),
-            uint("qwen3.attention.head_count", config["num_attention_heads"]),
-            uint("qwen3.attention.head_count_kv", config["num_key_value_heads"]),
-            real("qwen3.rope.freq_base", rope["rope_theta"]),
-            real("qwen3.attention.layer_norm_rms_epsilon", config["rms_norm_eps"]),
-            uint("qwen3.attention.key_length", config["head_dim"]),
-            uint("qwen3.attention.value_length", config["head_dim"]),
-        ]
-        if rope["rope_type"] == "linear":
-            fields += [text("qwen3.rope.scaling.type", "linear"), real("qwen3.rope.scaling.factor", rope["factor"])]
-        return fields
+        return _decoder_gguf.metadata("qwen3", config, _rope(config, "config"), config["head_dim"])
 
     def mlx_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return {**config, **mlx_rope(_rope(config, "config"))}
 
     def config_from_gguf(self, values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: object) -> dict:
         keys = Gguf(values, "qwen3", where)
-        keys.only(
-            "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
-            "attention.head_count_kv", "attention.layer_norm_rms_epsilon", "attention.key_length",
-            "attention.value_length", "rope.freq_base", "rope.dimension_count", "rope.scaling.type",
-            "rope.scaling.factor", "vocab_size",
-        )  # fmt: skip
-        heads = keys.size("attention.head_count")
-        head_dim = keys.size("attention.key_length", _HEAD_DIM)
-        if keys.size("rope.dimension_count", head_dim) != head_dim:
-            raise Unsupported("rotary embedding of a part of the head is not supported", where=where)
-        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base", 10000.0)}
-        kind = keys.get("rope.scaling.type", "none")
-        if kind == "linear":
-            rope |= {"rope_type": "linear", "factor": keys.number("rope.scaling.factor")}
-        elif kind != "none":
-            raise Unsupported("this rope scaling is not supported", where=where, found=kind)
-        if "token_embd.weight" not in shapes:
-            raise BadFile("the tensor token_embd.weight is missing", where=where)
+        keys.only(*_decoder_gguf.KEYS)
         return {
             "architectures": ["Qwen3ForCausalLM"],
             "attention_bias": False,
-            "head_dim": head_dim,
+            "head_dim": _decoder_gguf.whole_heads(keys, _HEAD_DIM),
             "hidden_act": "silu",
-            "hidden_size": keys.size("embedding_length"),
-            "intermediate_size": keys.size("feed_forward_length"),
-            "max_position_embeddings": keys.size("context_length"),
             "model_type": "qwen3",
-            "num_attention_heads": heads,
-            "num_hidden_layers": keys.size("block_count"),
-            "num_key_value_heads": keys.size("attention.head_count_kv", heads),
-            "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
-            "rope_parameters": rope,
-            "tie_word_embeddings": "output.weight" not in shapes,
+            "rope_parameters": _decoder_gguf.rope(keys, 10_000.0),
             "use_sliding_window": False,
-            "vocab_size": shapes["token_embd.weight"][0],
-            **keys.token_ids(),
+            **_decoder_gguf.sizes(keys, shapes),
         }
 
 
