@@ -53,7 +53,7 @@ def test_wrong_runtimes_are_one_line(tiny_llama: Callable[..., Path], tmp_path: 
     common = ("--against", folder, "--text", text, "--chunk", 64, "--no-speed")
     for words, says in (
         ((folder, "--runtime", "llama.cpp"), "llama.cpp does not run this"),
-        ((folder, "--runtime", "nonsense"), "expected one of llama.cpp, llama-server"),
+        ((folder, "--runtime", "nonsense"), "expected one of litert-lm, llama.cpp, llama-server"),
         ((folder, "--kv-type", "q8_0"), "transformers has no option kv_type"),
         (("http://127.0.0.1:9",), "cannot be reached"),
     ):

@@ -35,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runtime",
         metavar="NAME",
-        help="run the artifacts in llama.cpp, llama-server, mlx, transformers or openai (default: what each is for)",
+        help="run the artifacts in llama.cpp, llama-server, mlx, transformers, litert-lm or openai (default: what each "
+        "is for)",
     )
     parser.add_argument(
         "--reference-runtime",

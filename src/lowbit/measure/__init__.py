@@ -261,6 +261,9 @@ def _add_speed_and_memory(
         return
     with console.progress("Measuring speed and memory", total=len(listed)) as bar:
         for i, (entry, artifact) in enumerate(listed):
+            if not artifact.runtime.generates_as_shipped:
+                entry["not_measured"] = f"speed and memory: lowbit runs it otherwise than {artifact.runtime.name} does"
+                continue
             found = probe(
                 artifact.target,
                 tokens[: options.prompt_tokens].tolist(),

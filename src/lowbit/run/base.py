@@ -37,6 +37,7 @@ class Runtime(abc.ABC):
 
     name:           as people and ``--runtime`` spell it
     gives_logits:   whether logits(), feed() and so KLD are to be had
+    generates_as_shipped: whether generate() is how the runtime itself generates, so that its speed is the runtime's
     uses_threads:   whether ``threads`` may be more than one
     options_class:  the dataclass of its keyword options, where the constructor does not name them itself
     to_generate:    options for whoever generates only, which save it memory and time
@@ -48,6 +49,7 @@ class Runtime(abc.ABC):
 
     name: ClassVar[str]
     gives_logits: ClassVar[bool] = True
+    generates_as_shipped: ClassVar[bool] = True
     uses_threads: ClassVar[bool] = True
     options_class: ClassVar[Any] = None
     to_generate: ClassVar[Mapping[str, Any]] = {}
