@@ -12,7 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from release_fixtures import failures, save_base, set_key
+from release_fixtures import change_json, failures, save_base, set_key
 
 import lowbit
 from lowbit.check import check
@@ -96,6 +96,23 @@ def test_a_good_projector_passes_and_loads(seeing: Path) -> None:
     assert "its tensors are those of base" in found["detail"]
     assert "loads in llama.cpp beside model-f16.gguf; a picture of 96 x 96 became" in found["detail"]
     assert found["runtimes"]["llama.cpp"].startswith("xllamacpp")
+
+
+SEES = """{% for m in messages %}<start>{{ m['role'] }}
+{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for p in m['content'] %}{% if p['type'] == 'image' %}\
+<start_of_image>{% elif p['type'] == 'text' %}{{ p['text'] }}{% endif %}{% endfor %}{% endif %}<end>
+{% endfor %}{% if add_generation_prompt %}<start>model
+{% endif %}"""
+
+
+def test_a_template_with_images_in_llama_cpp(seeing: Path, tmp_path: Path) -> None:
+    """Beside its projector the server takes a picture in a message."""
+    root = Path(shutil.copytree(seeing, tmp_path / "release"))
+    change_json(root / "base" / "tokenizer_config.json", chat_template=SEES)
+    set_key(root / "model-f16.gguf", "tokenizer.chat_template", SEES)
+    (found,) = check(root, only=["chat-template"])["checks"]
+    assert found["status"] == "pass", found
+    assert "(images, plain, system, thinking)" in found["detail"]
 
 
 # Drafters
