@@ -52,7 +52,7 @@ def _score_table(task: task_view.TaskView, columns: list[int]) -> Table:
 
 
 def _print_pairs(console: Console, task: task_view.TaskView) -> None:
-    table = _table("against each other", "change", "verdict", "p", "smallest seen")
+    table = _table("against each other", "change", "verdict", "p", "detectable")
     for pair in task.pairs:
         for d in pair.differences:
             name = Text(f"{_plain(d.label)}\n").append(f"{_plain(d.baseline)} → {_plain(d.artifact)}", style="dim")
@@ -92,7 +92,7 @@ def _cell(figure: Figure | None, *, brief: bool = False, signed: bool = False) -
         return Text(MISSING)
     value = figure.print(figure.value)
     cell = Text(f"+{value}" if signed and figure.value > 0 else value, style="" if brief else "bold")
-    said = f" {figure.interval}" if brief else f"\n{figure.interval}, n {figure.n:,}"
+    said = f"{' ' if brief else chr(10)}{figure.interval}, n {figure.n:,}"
     return cell.append(said, style="not bold dim")
 
 

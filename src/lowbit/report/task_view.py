@@ -73,6 +73,8 @@ class TaskView:
 
 def build(measured: dict[str, Any]) -> list[TaskView]:
     """The sets of a `lowbit measure` result; never raises on what a record may hold."""
+    if not mapping(measured.get("machine")):  # a figure without its machine is not shown
+        return []
     return [_task(mapping(entry)) for entry in sequence(measured.get("tasks")) if mapping(entry).get("results")]
 
 

@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lowbit.report import long_view, plan_view, verdicts
+from lowbit.report import long_view, plan_view, task_view, verdicts
 from lowbit.report.figures import Figure, figure, mapping, number, sequence, text
 from lowbit.report.plan_view import Planned
 from lowbit.units import format_bytes, format_duration, format_share
@@ -122,6 +122,7 @@ class View:
     grids: list[tuple[str, str]]
     long: long_view.LongView
     plan: Planned | None = None
+    tasks: list[task_view.TaskView]
     left_out: list[str] = field(default_factory=list)
 
     @property
@@ -196,6 +197,7 @@ def build(record: dict[str, Any], run_dir: Path) -> View:
         ],
         grids=_grids(mapping(record.get("grids"))),
         long=long_view.build(measured),
+        tasks=task_view.build(measured),
         left_out=left_out,
     )
 
