@@ -22,7 +22,7 @@ _LAZY_BYTES = 4 * GIB  # LLAMA_LAZY_MODE_AUTO: larger ones of these are read row
 _CELL_BYTES = 52 + 2 * 48
 _CANDIDATE_BYTES = 12  # llama_token_data: id, logit, probability
 # Seen on Linux, x86-64: pages of the library that the first graph faults in, and what the server itself allocates.
-_SERVER_BYTES = 7 * MIB
+_SERVER_BYTES = 8 * MIB
 _PROGRAM_BYTES = 22 * MIB
 _TOKEN_BYTES, _MERGE_BYTES = 230, 270  # of a vocabulary in llama.cpp
 _MERGES = {"gemma3": 0, "gemma3n": 0, "gemma4": 2}  # for each token; others have about one
@@ -160,6 +160,8 @@ def _scratch(part: Part) -> Iterator[Row]:
     else:
         size, found = _llama_scratch.estimate(part.model, room, part.outputs, flash=part.flash), _llama_scratch.FOUND
     yield part.row("scratch", "compute buffer", size, why, found)
+    work, why = _llama_scratch.work_buffer(part.model, part.tensors, room, part.options.kv_type_v, flash=part.flash)
+    yield part.row("scratch", "work buffer", work, why, FORMULA)
     why = f"{part.outputs} tokens x {vocab:,} scores in f32"
     if part.state_floats:
         why += f", and {part.state_floats:,} hidden values for the drafter"
