@@ -158,7 +158,7 @@ def _scratch(part: Part) -> Iterator[Row]:
     if part.layout:
         size, found = part.layout.context.total("compute"), DRY
     else:
-        size, found = _llama_scratch.estimate(part.model, room, part.outputs, flash=part.flash), _llama_scratch.FOUND
+        size, found = _scratch_estimate(part), _llama_scratch.FOUND[part.flash]
     yield part.row("scratch", "compute buffer", size, why, found)
     work, why = _llama_scratch.work_buffer(part.model, part.tensors, room, part.options.kv_type_v, flash=part.flash)
     yield part.row("scratch", "work buffer", work, why, FORMULA)
@@ -166,6 +166,11 @@ def _scratch(part: Part) -> Iterator[Row]:
     if part.state_floats:
         why += f", and {part.state_floats:,} hidden values for the drafter"
     yield part.row("scratch", "output buffer", (part.outputs * vocab + part.state_floats) * 4, why, FORMULA)
+
+
+def _scratch_estimate(part: Part) -> int:
+    swa_full = part.options.swa_full
+    return _llama_scratch.estimate(part.model, part.room, part.outputs, flash=part.flash, swa_full=swa_full)
 
 
 def _kept(part: Part) -> Iterator[Row]:
