@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from lowbit.errors import BadFile, RuntimeFailed, Unsupported
 from lowbit.run._llama_memory import Memory
 
 _CHILD = "from lowbit.run._dry_run_child import child; child()"
+_TIMEOUT = 120.0  # seconds for an answer that takes milliseconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +113,9 @@ class DryRun:
         assert self._child.stdin and self._child.stdout
         try:
             print(json.dumps({"do": what, **request}), file=self._child.stdin, flush=True)
-            line = self._child.stdout.readline()
+            waits = os.name == "posix"  # where a pipe can be waited for
+            ready = not waits or select.select([self._child.stdout], [], [], _TIMEOUT)[0]
+            line = self._child.stdout.readline() if ready else ""
         except OSError:
             line = ""
         if not line:
@@ -122,6 +126,9 @@ class DryRun:
         return answer
 
     def _died(self, where: Path | None) -> BadFile | RuntimeFailed:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._child.wait(1)  # it is dead, or it never answered
+        self._child.kill()
         self._child.wait()
         self._errors.seek(0)
         said = [line for line in self._errors.read().decode("utf-8", "replace").splitlines() if line.strip()]

@@ -45,7 +45,9 @@ class _Dry:
         self.models: dict[str, int] = {}
 
     def _refusal(self) -> str:
-        return self.llama.log.take().rpartition("; ")[2]
+        said = self.llama.log.take().split("; ")
+        telling = [line for line in said if not line.endswith("failed to load model")]
+        return (telling or said)[-1]
 
     def process(self) -> dict[str, Any]:
         """What a process takes that has loaded the library and nothing else."""

@@ -8,23 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowbit.errors import RuntimeFailed, Unsupported
+from lowbit.errors import CannotWrite, RuntimeFailed, Unsupported
 from lowbit.plan.header import header_only
 from lowbit.plan.model import PlanModel, PlannedTensor
 from lowbit.run._dry_run import ContextMemory, DryRun, LaidOut
 
+_MOST_CELLS = 1 << 22  # llama.cpp lists every cell even where it allocates no cache
 _NOT_TO_BE_ASKED = ("unknown model architecture", "memory breakdown")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A model that will be loaded: its tensors, the file that stands for them (None: a header is written), and the
-    fields of llama_context_params that its context gets."""
+    """A model that will be loaded: its tensors, the file that stands for them (None: a header is written), the fields
+    of llama_context_params that its context gets, and the cells that it makes."""
 
     model: PlanModel
     tensors: Sequence[PlannedTensor]
     path: Path | None
     context: Mapping[str, Any]
+    cells: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +45,13 @@ def lay_out(keeper: PlanModel, loaded: Sequence[Loaded]) -> list[Layout] | None:
     Unsupported where it refuses a model.
     """
     dry = _dry_run(keeper)
-    if dry is None:
+    if dry is None or any(one.cells > _MOST_CELLS for one in loaded):
         return None
     try:
         models = [_laid_out(keeper, dry, one) for one in loaded]
         contexts = dry.contexts([(model, one.context) for model, one in zip(models, loaded, strict=True)])
+    except CannotWrite:  # no room for a header, or no holes in this file system
+        return None
     except Unsupported as error:
         if any(said in str(error) for said in _NOT_TO_BE_ASKED):
             return None

@@ -105,7 +105,7 @@ class LlamaCpp(Runtime):
         loaded = [
             Loaded(
                 model=one, tensors=_tensors(one, own), context=context_params(one, own, outputs),
-                path=one.gguf if own.recipe is None else None,
+                path=one.gguf if own.recipe is None else None, cells=room_of(one, own).context,
             )
             for one, own, outputs, _ in every
         ]  # fmt: skip
