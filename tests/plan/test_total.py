@@ -1,4 +1,4 @@
-"""A plan's total against the measured peak of a process that serves the model. More settings: benchmarks/plan_total.py."""
+"""A plan's total against the measured peak of a process that serves the model (more: benchmarks/plan_total.py)."""
 
 from __future__ import annotations
 
