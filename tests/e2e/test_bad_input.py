@@ -623,7 +623,7 @@ def test_a_folder_for_a_text(good: Materials, call: Callable[[list[str]], Done],
     [
         ("no-such-model", "no such model; expected a folder, a .gguf file, a hub id like org/name, or one of"),
         ("no/such/model", "no such model"),
-        ("no-such.gguf", "no such model"),
+        ("no-such.gguf", "no such"),  # a model, or for measure a file
         ("no-such-org/no-such-model", "Check the name and the network"),
     ],
 )
@@ -640,13 +640,16 @@ def test_a_folder_without_a_model(good: Materials, call: Callable[[list[str]], D
 
 @pytest.mark.parametrize("verb", READERS)
 def test_a_file_of_another_kind(good: Materials, call: Callable[[list[str]], Done], verb: str) -> None:
-    refused(good, call, verb, good.words(verb, good.text), good.text, "not a GGUF file", "found", "b'It i'", "b'GGUF'")
+    says = ("no runtime is known for this", "a GGUF") if verb == "measure" else ("not a GGUF file", "b'GGUF'")
+    refused(good, call, verb, good.words(verb, good.text), good.text, *says, "found", "b'It i'")
 
 
 def test_a_folder_for_an_artifact(good: Materials, call: Callable[[list[str]], Done]) -> None:
+    empty = good.place.parent / "empty"
+    empty.mkdir()
     words = good.words("measure", good.folder)
-    words[words.index(str(good.gguf))] = str(good.folder)
-    refused(good, call, "measure", words, good.folder, "Is a directory", "expected a GGUF file")
+    words[words.index(str(good.gguf))] = str(empty)
+    refused(good, call, "measure", words, empty, "no runtime is known for this", "an MLX or Hugging Face folder")
 
 
 def test_an_artifact_of_another_vocabulary(

@@ -59,8 +59,17 @@ def runtime_for(target: str | os.PathLike[str], runtime: str | None = None) -> t
     best = max(runtimes().values(), key=lambda kind: kind.suits(target))
     if best.suits(target) is not Suits.BY_DEFAULT:
         expected = "a GGUF, an MLX or Hugging Face folder, a .litertlm or an http(s) URL"
-        raise Unsupported("no runtime is known for this", where=target, expected=expected)
+        found = _first_bytes(target)
+        raise Unsupported("no runtime is known for this", where=target, found=found, expected=expected)
     return best
+
+
+def _first_bytes(target: str | os.PathLike[str]) -> str | None:
+    try:
+        with open(target, "rb") as file:
+            return f"the first bytes {file.read(4)!r}"
+    except OSError:
+        return None
 
 
 def get(name: str) -> type[Runtime]:

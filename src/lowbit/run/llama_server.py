@@ -21,6 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar
 
+from lowbit.checkpoint.gguf_file import GgufFile
 from lowbit.errors import NotFound, RuntimeFailed
 from lowbit.run import _looks, _trial
 from lowbit.run._http import HttpFailed
@@ -230,6 +231,7 @@ class LlamaServer(OpenAi):
             http.close()
 
     def _failed(self, what: str, found: object) -> None:
+        GgufFile(self.file)  # of a damaged file it tells what and where; the server only that it failed
         last = [line for line in self.log_tail(40) if line.strip()]
         telling = [line for line in last if " E " in line or "error" in line.lower()] or last[-1:]
         said = "; ".join([str(found), *(line.strip()[-300:] for line in telling[-2:])])
