@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from conftest import GEMMA4_LAYOUTS, TINY_GEMMA3, TINY_GEMMA4, TINY_LLAMA, TINY_QWEN3
 from lowbit.checkpoint import families, open_checkpoint
 from lowbit.checkpoint.families.base import TARGET, LayerCache
 from lowbit.errors import Unsupported
+from tiny_configs import GEMMA4_LAYOUTS, TINY_GEMMA3, TINY_GEMMA4, TINY_LLAMA, TINY_QWEN3
 
 EPS = {"rms_norm_eps": 1e-6}
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 import lowbit
-from conftest import GEMMA4_LAYOUTS, TINY_GEMMA3, TINY_GEMMA4, TINY_LLAMA
 from lowbit.errors import BadOption
 from lowbit.plan import PlanOptions, open_model, plan_open
+from tiny_configs import GEMMA4_LAYOUTS, TINY_GEMMA3, TINY_GEMMA4, TINY_LLAMA
 
 CONFIGS = {
     "llama": TINY_LLAMA | {"model_type": "llama", "head_dim": 32},
