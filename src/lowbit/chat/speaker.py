@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from lowbit.harness import Harness, HarnessError, HarnessOptions, HttpUpstream
+from lowbit.harness import Harness, HarnessError, HarnessOptions, HttpUpstream, of_model
 from lowbit.serve import model_server
 from lowbit.serve.model_server import ModelOptions, ModelServer
 
@@ -77,7 +77,7 @@ async def speaker(
         server = ModelServer(path, settled, moved)
         try:
             await server.start()
-            special = model_server.control_tokens(path)
+            special = of_model.control_tokens(path)
             yield Speaker(path.name, Harness(upstream, harness, special=special), system=system, request=request)
         finally:
             await server.close()

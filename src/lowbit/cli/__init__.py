@@ -34,7 +34,13 @@ VERBS = {
     "chat": "talk to one artifact in the terminal, or to two side by side",
 }
 
-_JOURNALED = {"--kv", "--retrieval", "--speed-depths", "--slots"}  # what measure keeps beside its --json file
+_JOURNALED = {
+    "--kv",
+    "--retrieval",
+    "--speed-depths",
+    "--slots",
+    "--harness",
+}  # what measure keeps beside its --json file
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 

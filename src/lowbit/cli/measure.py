@@ -1,5 +1,5 @@
 """Fidelity, speed, memory and tasks of packed artifacts, each in its runtime, against a reference: on a held-out text
-(--text), on sets of questions (--tasks), or both."""
+(--text), on sets of questions (--tasks), or both; or the harness of `lowbit serve` on them (--harness)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from lowbit.cli import long_measurements, output
+from lowbit.cli import harness_measurement, long_measurements, output
 from lowbit.cli.training import positive, whole
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "artifacts", metavar="ARTIFACT", nargs="+", help="GGUF files, MLX or Hugging Face folders, URLs"
+        "artifacts", metavar="ARTIFACT", nargs="*", help="GGUF files, MLX or Hugging Face folders, URLs"
     )
     parser.add_argument("--against", metavar="REFERENCE", help="a GGUF of high precision or a MODEL")
     parser.add_argument(
@@ -61,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-speed", action="store_true", help="leave out speed and memory")
     _add_task_arguments(parser)
     long_measurements.add_arguments(parser)
+    harness_measurement.add_arguments(parser)
     output.add_json(parser)
 
 
@@ -101,6 +102,8 @@ def _task_options(args: argparse.Namespace) -> TaskOptions | None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if harness_measurement.wanted(args):
+        return harness_measurement.run(args)
     from lowbit.measure import MeasureOptions, measure
 
     costs = not args.no_speed

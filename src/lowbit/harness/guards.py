@@ -80,8 +80,10 @@ def steps(messages: Sequence[Mapping[str, Any]]) -> int:
 
 
 def identical_call(answer: Answer, request: Request) -> Problem | None:
-    """A call that the conversation already has as often as the options allow."""
-    made = Counter(history(request.messages))
+    """A call that was made as often as the options allow since the user last said something: who asks for a thing
+    again means it."""
+    asked = [i for i, message in enumerate(request.messages[: request.own]) if message.get("role") == "user"]
+    made = Counter(history(request.messages[asked[-1] :] if asked else request.messages))
     for call in answer.calls:
         times = made[call.name, canonical(call.arguments)]
         if times >= request.options.same_call:

@@ -28,7 +28,8 @@ class Tool:
 class Request:
     """body: what goes to the model's server, without "lowbit". tools: by name. forced: a tool that must be called, ""
     for any of them, None where none must. schema: what the content must follow, or None. check: says what else is
-    wrong with a value that follows it, or None. parallel: whether one answer may hold several calls."""
+    wrong with a value that follows it, or None. parallel: whether one answer may hold several calls. own: how many of
+    the messages the caller sent; what follows them is the harness's."""
 
     body: dict[str, Any]
     options: HarnessOptions
@@ -37,6 +38,7 @@ class Request:
     schema: Schema | None = None
     check: Callable[[Any], str | None] | None = None
     parallel: bool = True
+    own: int = 0
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -76,6 +78,7 @@ def read(body: Any, options: HarnessOptions) -> Request:
         forced=forced,
         schema=_schema(rest.get("response_format")),
         parallel=rest.get("parallel_tool_calls") is not False,
+        own=len(rest["messages"]),
     )
 
 

@@ -68,6 +68,7 @@ async def running_model(
     model: str | os.PathLike[str], options: ServeOptions, model_options: ModelOptions | None = None
 ) -> AsyncIterator[str]:
     """A model's server, started for this, and the endpoint in front of it."""
+    from lowbit.harness import of_model
     from lowbit.serve import model_server
     from lowbit.serve.metrics import Metrics
 
@@ -77,7 +78,7 @@ async def running_model(
     upstream = HttpUpstream("http://127.0.0.1:0/v1")
     upstream.name = path.stem
     upstream.holds.add("grammar")
-    upstream.dialect, has_tools = model_server.told_by_template(path, settled.template)
+    upstream.dialect, has_tools = of_model.told_by_template(path, settled.template)
     if not has_tools:
         upstream.refused.add("tools")
 
@@ -85,7 +86,7 @@ async def running_model(
         upstream.url = url
 
     server = model_server.ModelServer(path, settled, moved)
-    special = model_server.control_tokens(path)
+    special = of_model.control_tokens(path)
     harness = Harness(upstream, options.harness, fallbacks=options.fallbacks, special=special, on_answer=metrics.answer)
     # Who asks before the model is loaded hears so (503), and a port that is taken is found out before the wait.
     async with _listening(harness, upstream, metrics, options) as url:

@@ -16,9 +16,7 @@ from typing import Any
 
 from lowbit import console, plan
 from lowbit.checkpoint import resolve
-from lowbit.checkpoint.gguf_file import GgufFile
 from lowbit.errors import BadFile, BadOption, LowbitError, NotFound
-from lowbit.harness import dialects
 from lowbit.release import lock as locks
 from lowbit.run import _kv_types
 from lowbit.run.llama_server import LlamaServer
@@ -27,7 +25,6 @@ from lowbit.units import format_bytes
 _SLOTS = 4  # as llama-server's --parallel auto
 _MARGIN = 1 << 30  # bytes left to others, as llama-server's --fit-target
 _RESTARTS, _WITHIN = 5, 600.0  # so often within so many seconds
-_CONTROL = 3  # tokenizer.ggml.token_type of a control token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,22 +109,6 @@ def fitting(path: Path, options: ModelOptions) -> int:
                 )  # fmt: skip
             total = plan.plan_open(model, replace(asked, context=context)).total_bytes
     return context
-
-
-def control_tokens(path: Path) -> list[str]:
-    """Spellings of the model's control tokens."""
-    values = GgufFile(path).values
-    tokens, types = values.get("tokenizer.ggml.tokens"), values.get("tokenizer.ggml.token_type")
-    if not isinstance(tokens, list) or not isinstance(types, list):
-        return []
-    return [t for t, kind in zip(tokens, types, strict=False) if kind == _CONTROL and isinstance(t, str) and len(t) > 1]
-
-
-def told_by_template(path: Path, template: Path | None) -> tuple[str | None, bool]:
-    """The dialect of the chat template, and whether it knows tools at all."""
-    text = template.read_text(encoding="utf-8") if template else GgufFile(path).values.get("tokenizer.chat_template")
-    text = text if isinstance(text, str) else ""
-    return dialects.of_template(text), "tools" in text
 
 
 def available_bytes() -> int | None:

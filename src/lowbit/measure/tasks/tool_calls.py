@@ -155,14 +155,14 @@ def _written(item: Item, syntax: str) -> tuple[str, list[str]]:
 
 def _right_call(item: Item) -> tuple[str, dict[str, Any]]:
     name, parameters = next(iter(item.fields["ground_truth"][0].items()))
-    return name, {k: _plainly(v[0]) for k, v in parameters.items() if v and v[0] != ""}
+    return name, {k: plainly(v[0]) for k, v in parameters.items() if v and v[0] != ""}
 
 
-def _plainly(value: Any) -> Any:
+def plainly(value: Any) -> Any:
     """An acceptable value with the first choice of what is nested in it."""
     if isinstance(value, dict):
-        return {k: _plainly(v[0]) if isinstance(v, list) and v else v for k, v in value.items()}
-    return [_plainly(v) for v in value] if isinstance(value, list) else value
+        return {k: plainly(v[0]) if isinstance(v, list) and v else v for k, v in value.items()}
+    return [plainly(v) for v in value] if isinstance(value, list) else value
 
 
 def _strings(items: Sequence[Item]) -> list[str]:
@@ -193,13 +193,18 @@ def _wrong_calls(item: Item, others: Sequence[str], seed: int) -> list[tuple[str
     return []
 
 
-def _shipped(source: str) -> Iterator[Item]:
-    """Items of bfcl-eval's data."""
+def data_folder(source: str) -> Path:
+    """Where bfcl-eval's data is. Raises NotFound, naming ``source``."""
     found = importlib.util.find_spec("bfcl_eval")
     if found is None or not found.submodule_search_locations:
         raise NotFound("bfcl-eval is not installed", where=source, expected="its data",
                        hint="pip install --no-deps bfcl-eval==2026.3.23")  # fmt: skip
-    folder = Path(next(iter(found.submodule_search_locations))) / "data"
+    return Path(next(iter(found.submodule_search_locations))) / "data"
+
+
+def _shipped(source: str) -> Iterator[Item]:
+    """Items of bfcl-eval's data."""
+    folder = data_folder(source)
     category = source.removeprefix("bfcl:")
     wanted = CATEGORIES if source in ToolCalls.sets else (category,)
     if category not in CATEGORIES and source not in ToolCalls.sets:
