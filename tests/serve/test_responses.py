@@ -121,7 +121,7 @@ def test_an_answer_that_was_cut_is_incomplete() -> None:
         ({"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "f"}]}]}, "input[0]"),
         (
             {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "http://x/a.png"}]}]},
-            "messages[0]",
+            "input[0]",
         ),
         ({"input": []}, "input"),
     ],

@@ -75,6 +75,7 @@ async def speaker(
             upstream.url = url
 
         server = ModelServer(path, settled, moved)
+        upstream.key = server.key
         try:
             await server.start()
             special = of_model.control_tokens(path)

@@ -25,6 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what callers must send; better in LOWBIT_API_KEY, where no list of processes shows it. "
         "LOWBIT_UPSTREAM_KEY is what is sent to the upstream",
     )
+    parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="the key is this file's one line")
+    parser.add_argument("--cors-origin", metavar="ORIGIN", action="append", default=[],
+                        help="web pages of this origin may ask (https://app.example; * is any)")  # fmt: skip
+    parser.add_argument("--log-bodies", action="store_true", help="show the bodies of requests on standard error")
     group = parser.add_argument_group("llama.cpp's server, in llama-server's words")
     group.add_argument("--ctx", "-c", type=positive, metavar="N", help="tokens of all slots (default: what fits)")
     group.add_argument("--slots", "--parallel", "-np", type=positive, metavar="N", help="requests at once (default: 4)")
@@ -36,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--mmproj", "-mm", type=Path, metavar="FILE", help="projector for images and sound")
     group.add_argument("--chat-template", type=Path, metavar="FILE", help="instead of the model's own")
     group.add_argument("--llama-server", metavar="PATH", help="this binary instead of the installed library's server")
+    group.add_argument("--no-ui", "--no-webui", action="store_true", help="without llama-server's web page at /")
     group = parser.add_argument_group("the harness")
     group.add_argument("--tries", type=positive, default=3, metavar="N", help="requests for one answer (default: 3)")
     group.add_argument("--seconds", type=float, default=300.0, metavar="S", help="time for one answer (default: 300)")
@@ -72,10 +77,13 @@ def run(args: argparse.Namespace) -> int:
     options = ServeOptions(
         host=args.host,
         port=args.port,
-        key=args.api_key or os.environ.get("LOWBIT_API_KEY"),
+        key=_key(args.api_key, args.api_key_file),
         upstream_key=os.environ.get("LOWBIT_UPSTREAM_KEY"),
         model=args.upstream_model,
         harness=harness,
+        log_bodies=args.log_bodies,
+        page=not args.no_ui,
+        origins=tuple(args.cors_origin),
         fallbacks=_fallbacks(args),
     )
     model_options = ModelOptions(
@@ -92,6 +100,16 @@ def run(args: argparse.Namespace) -> int:
     )
     serve(args.model, upstream=args.upstream, options=options, model_options=model_options)
     return 0
+
+
+def _key(given: str | None, file: Path | None) -> str | None:
+    from lowbit.serve.keys import key_in
+
+    if given is not None and file is not None:
+        from lowbit.errors import BadOption
+
+        raise BadOption("the key is given twice", expected="--api-key or --api-key-file")
+    return key_in(file) if file is not None else given or os.environ.get("LOWBIT_API_KEY") or None
 
 
 def _fallbacks(args: argparse.Namespace) -> tuple[Fallback, ...]:

@@ -32,7 +32,9 @@ class HarnessError(Exception):
 
     def as_json(self) -> dict[str, Any]:
         """OpenAI's form: {"error": {"message", "type", "param", "code"}}, and "lowbit" where something was tried."""
-        kind = "invalid_request_error" if self.status == 400 else "server_error"
+        # 422 is the model's failure, not the caller's.
+        kind = "invalid_request_error" if 400 <= self.status < 500 and self.status != 422 else "server_error"
+        kind = "rate_limit_error" if self.status == 429 else kind
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": error} | ({"lowbit": self.trace.as_json()} if self.trace else {})
 

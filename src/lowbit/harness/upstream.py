@@ -40,7 +40,7 @@ class HttpUpstream:
         self.dialect: str | None = None
         self.holds: set[str] = set()
         self.refused: set[str] = set()
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.key = key
         self._connections = connections
         self._session: Any = None
 
@@ -63,9 +63,16 @@ class HttpUpstream:
         """The chunks of a chat completion. Raises UpstreamFailed, also where the stream ends before it is whole."""
         return self.chunks("/chat/completions", body, seconds)
 
-    async def get(self, path: str, seconds: float = 30.0) -> dict[str, Any]:
+    @property
+    def root(self) -> str:
+        """The URL without /v1."""
+        return self.url.removesuffix("/v1")
+
+    async def get(self, path: str, seconds: float = 30.0, *, root: str | None = None) -> dict[str, Any]:
         """What a GET of ``path`` gives, a JSON object. Raises UpstreamFailed."""
-        async with _Exchange(self._client(), "GET", self.url + path, None, self._headers, seconds) as response:
+        async with _Exchange(
+            self._client(), "GET", (root or self.url) + path, None, self._headers, seconds
+        ) as response:
             return await _object(response)
 
     async def ask(self, path: str, body: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -99,6 +106,10 @@ class HttpUpstream:
     def _body(self, body: dict[str, Any], *, stream: bool) -> dict[str, Any]:
         body = {k: v for k, v in body.items() if k not in ("stream", "stream_options")} | {"stream": stream}
         return body | ({"model": self.model} if self.model else {})
+
+    @property
+    def _headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.key}"} if self.key else {}
 
     def _client(self) -> Any:
         if self._session is None:

@@ -111,7 +111,9 @@ def _params(xllamacpp: Any, job: dict[str, Any]) -> Any:
     params.swa_full, params.kv_unified = job["swa_full"], job["kv_unified"]
     params.model_alias = {job["alias"]}
     params.endpoint_props = params.endpoint_slots = True
-    params.fit_params = params.ui = False
+    params.fit_params, params.ui = False, job["ui"]
+    if job["api_key"]:
+        params.api_keys = [job["api_key"]]
     params.verbosity = job["verbosity"]
     if job["mmproj"]:
         params.mmproj.path = job["mmproj"]

@@ -33,6 +33,8 @@ class ServerOptions:
     slot_folder:     where slots are saved to and restored from [--slot-save-path]
     alias:           the model's name in the API; None means its file's name [-a]
     reasoning:       what becomes of thinking in answers: none, deepseek or auto [--reasoning-format]
+    api_key:         what callers must send [--api-key]; never shown in a list of processes
+    ui:              whether it has its web page [--ui]
     port:            on 127.0.0.1; 0 finds a free one
     verbosity:       of its log: 1 errors, 2 warnings, 3 all it says by itself, 4 more [-lv]
     start_timeout:   seconds until it must answer
@@ -56,6 +58,8 @@ class ServerOptions:
     slot_folder: str | os.PathLike[str] | None = None
     alias: str | None = None
     reasoning: str | None = None
+    api_key: str | None = None
+    ui: bool = False
     port: int = 0
     verbosity: int = 3
     start_timeout: float = 600.0
@@ -87,7 +91,7 @@ class ServerOptions:
         types = _kv_types.parse(self.kv_type)
         paths = {name: _text(getattr(self, name)) for name in ("drafter", "mmproj", "template", "slot_folder")}
         plain = {name: getattr(self, name) for name in _PLAIN}
-        more = {"alias": self.alias or model.name, "port": self.port, "threads": threads}
+        more = {"alias": self.alias or model.name, "port": self.port, "threads": threads, "api_key": self.api_key}
         more["draft_type"] = _draft_type(self.drafter)
         return {"model": os.fspath(model), "type_k": types.k, "type_v": types.v, **plain, **paths, **more}
 
@@ -109,7 +113,8 @@ class ServerOptions:
             "-ctv",
             types.v,
         ]
-        words += ["-a", self.alias or model.name, "-lv", self.verbosity, "--props", "--slots", "--jinja", "--no-webui"]
+        words += ["-a", self.alias or model.name, "-lv", self.verbosity, "--props", "--slots", "--jinja"]
+        words += [] if self.ui else ["--no-webui"]
         if self.flash_attention is not None:
             words += ["-fa", "on" if self.flash_attention else "off"]
         words += ["--swa-full"] if self.swa_full else []
@@ -126,7 +131,7 @@ class ServerOptions:
 
 _PLAIN = (
     "context", "slots", "batch", "ubatch", "flash_attention", "swa_full", "kv_unified", "draft_tokens", "reasoning",
-    "verbosity",
+    "verbosity", "ui",
 )  # fmt: skip
 
 

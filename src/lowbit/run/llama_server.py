@@ -80,7 +80,9 @@ class LlamaServer(OpenAi):
         self._stop: Any = weakref.finalize(self, _nothing)
         try:
             root = self._start()
-            super().__init__(f"{root}/v1", model=self.options.alias or self.file.name, timeout=3600.0)
+            super().__init__(
+                f"{root}/v1", model=self.options.alias or self.file.name, timeout=3600.0, api_key=self.options.api_key
+            )
         except BaseException:
             self._stop()
             self._log.close()
@@ -175,6 +177,8 @@ class LlamaServer(OpenAi):
         if self.binary:
             job = {"command": [self.binary, *self.options.arguments(self.file, self.threads, port)]}
         environment = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", **os.environ, "GGML_NO_BACKTRACE": "1"}
+        if self.options.api_key:
+            environment["LLAMA_API_KEY"] = self.options.api_key
         child = subprocess.Popen(
             [sys.executable, "-c", _CHILD],
             stdin=subprocess.PIPE,

@@ -37,6 +37,7 @@ class OpenAi(Runtime):
     model:       its name there; None means the only one that the server lists
     api_key_env: the environment variable with the API key; None means OPENAI_API_KEY, which is not sent in clear text
                  to another machine
+    api_key:     the key itself, instead
     timeout:     seconds to wait for an answer, or for the next piece of a stream
 
     Raises BadOption, RuntimeFailed where the server cannot be asked or does not answer as one of this kind.
@@ -55,12 +56,18 @@ class OpenAi(Runtime):
         return "OpenAI API v1"
 
     def __init__(
-        self, url: str, *, model: str | None = None, api_key_env: str | None = None, timeout: float = 600.0
+        self,
+        url: str,
+        *,
+        model: str | None = None,
+        api_key_env: str | None = None,
+        timeout: float = 600.0,
+        api_key: str | None = None,
     ) -> None:
         if not 0 < timeout < math.inf:
             raise BadOption("impossible timeout", found=timeout, expected="seconds above 0")
         self.path = self.url = _base(url)
-        self._http = Http(self.url.removesuffix("/v1"), key=key_for(self.url, api_key_env), timeout=timeout)
+        self._http = Http(self.url.removesuffix("/v1"), key=api_key or key_for(self.url, api_key_env), timeout=timeout)
         self._v1 = "/v1" if self.url.endswith("/v1") else ""
         try:
             listed = self.models()

@@ -30,7 +30,11 @@ class ServeOptions:
     model:         the model's name at the upstream, put into every request; None leaves what the caller wrote
     harness:       bounds and layers
     fallbacks:     models to ask when the tries are spent, in order; none unless they are named here
-    body_bytes, open_requests: of the endpoint (see app.Limits)
+    body_bytes, open_requests, log_bodies: of the endpoint (see app.Limits)
+    open_connections: at a time; the one that has been idle for longest makes room
+    head_seconds:  for the head of a request to come in
+    origins:       of web pages elsewhere that may ask, "https://app.example"; "*" is any
+    page:          whether llama-server's own web page is passed on, where that server is started here
     """
 
     host: str = "127.0.0.1"
@@ -42,11 +46,16 @@ class ServeOptions:
     fallbacks: tuple[Fallback, ...] = ()
     body_bytes: int = 32 << 20
     open_requests: int = 512
+    log_bodies: bool = False
+    open_connections: int = 640  # with those to the model's server below the usual 1,024 files of a process
+    head_seconds: float = 20.0
+    origins: tuple[str, ...] = ()
+    page: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise BadOption("impossible port", found=self.port, expected="0 to 65535")
-        for name in ("body_bytes", "open_requests"):
+        for name in ("body_bytes", "open_requests", "open_connections"):
             if getattr(self, name) < 1:
                 raise BadOption(f"impossible {name}", found=getattr(self, name), expected="at least 1")
 
@@ -85,11 +94,12 @@ async def running_model(
     def moved(url: str) -> None:
         upstream.url = url
 
-    server = model_server.ModelServer(path, settled, moved)
+    server = model_server.ModelServer(path, settled, moved, page=options.page)
+    upstream.key = server.key
     special = of_model.control_tokens(path)
     harness = Harness(upstream, options.harness, fallbacks=options.fallbacks, special=special, on_answer=metrics.answer)
     # Who asks before the model is loaded hears so (503), and a port that is taken is found out before the wait.
-    async with _listening(harness, upstream, metrics, options) as url:
+    async with _listening(harness, upstream, metrics, options, page=options.page) as url:
         console.log(f"Loading {path.name} with a context of {settled.context:,} for {settled.slots} slots ...")
         try:
             await server.start()
@@ -100,11 +110,11 @@ async def running_model(
 
 @contextlib.asynccontextmanager
 async def _listening(
-    harness: Harness, upstream: HttpUpstream, metrics: Metrics, options: ServeOptions
+    harness: Harness, upstream: HttpUpstream, metrics: Metrics, options: ServeOptions, *, page: bool = False
 ) -> AsyncIterator[str]:
     from aiohttp import web
 
-    from lowbit.serve import guard
+    from lowbit.serve import connections, guard
     from lowbit.serve.app import Limits, Service
 
     local = guard.is_loopback(options.host)
@@ -113,24 +123,31 @@ async def _listening(
             "a host that others reach needs a key", found=options.host, expected="--api-key, or LOWBIT_API_KEY",
             hint="Without --host only this machine is served",
         )  # fmt: skip
-    limits = Limits(body_bytes=options.body_bytes, open_requests=options.open_requests)
-    app = Service(harness, upstream, metrics, limits).app(hosts=_LOOPBACK if local else (), key=options.key)
+    limits = Limits(body_bytes=options.body_bytes, open_requests=options.open_requests, log_bodies=options.log_bodies)
+    service = Service(harness, upstream, metrics, limits, page=page)
+    app = service.app(hosts=_LOOPBACK if local else (), key=options.key, origins=options.origins)
     # handler_cancellation: who leaves before the answer frees the model's slot.
-    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, keepalive_timeout=75.0)
+    runner = web.AppRunner(
+        app, access_log=None, handler_cancellation=True, keepalive_timeout=75.0, logger=connections.quiet_logger()
+    )
     await runner.setup()
+    assert runner.server is not None
+    door = connections.Connections(runner.server, most=options.open_connections, head_seconds=options.head_seconds)
+    server = None
     try:
-        site = web.TCPSite(runner, options.host, options.port)
         try:
-            await site.start()
+            server = await asyncio.get_running_loop().create_server(door, options.host, options.port, backlog=128)
         except OSError as error:
             raise CannotWrite(
                 "cannot listen there", where=f"{options.host}:{options.port}", found=error.strerror,
                 hint="Another --port may be free; --port 0 takes one that is",
             ) from None  # fmt: skip
-        port = runner.addresses[0][1]
+        port = server.sockets[0].getsockname()[1]
         shown = f"[{options.host}]" if ":" in options.host else options.host
         yield f"http://{shown}:{port}/v1"
     finally:
+        if server is not None:
+            server.close()
         await runner.cleanup()
         for fallback in options.fallbacks:
             await fallback.close()

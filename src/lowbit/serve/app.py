@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import traceback
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
 
 from lowbit.harness import Harness, HarnessError, HttpUpstream, text
-from lowbit.serve import guard, sse
+from lowbit.serve import connections, guard, sse
 from lowbit.serve.metrics import Metrics
+from lowbit.serve.page import Page
 from lowbit.serve.responses import Responses
 
 log = logging.getLogger("lowbit.serve")
@@ -21,11 +24,12 @@ log = logging.getLogger("lowbit.serve")
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """body_bytes: of a request. open_requests: answered at a time, the rest get 429. body_seconds: for a body to come
-    in."""
+    in. log_bodies: whether bodies of requests are shown on standard error."""
 
     body_bytes: int = 32 << 20
     open_requests: int = 512
     body_seconds: float = 30.0
+    log_bodies: bool = False
 
 
 class Service:
@@ -37,12 +41,12 @@ class Service:
         self.harness, self.upstream, self.metrics, self.limits, self.page = harness, upstream, metrics, limits, page
         self._responses = Responses(harness)
 
-    def app(self, *, hosts: tuple[str, ...], key: str | None) -> web.Application:
-        """hosts, key: see guard.middleware."""
-        app = web.Application(
-            middlewares=[self._counted(), guard.middleware(hosts=hosts, key=key)],
-            client_max_size=self.limits.body_bytes,
-        )
+    def app(self, *, hosts: tuple[str, ...], key: str | None, origins: Collection[str] = ()) -> web.Application:
+        """hosts, key, origins: see guard.middleware."""
+        origins = frozenset(origin.casefold().rstrip("/") for origin in origins)
+        guarded = guard.middleware(hosts=hosts, key=key, origins=origins, page=self.page)
+        app = web.Application(middlewares=[self._counted(), guarded], client_max_size=self.limits.body_bytes)
+        app.on_response_prepare.append(guard.cors(origins))
         app.router.add_post("/v1/chat/completions", self.chat)
         app.router.add_post("/v1/completions", self.completions)
         app.router.add_post("/v1/responses", self.create_response)
@@ -52,12 +56,13 @@ class Service:
         app.router.add_get("/v1/models/{model:.+}", self.model)
         app.router.add_get("/health", self.health)
         app.router.add_get("/metrics", self.show_metrics)
+        if self.page:
+            Page(self.upstream).add_to(app)
         app.on_cleanup.append(self._close)
         return app
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
-        body = await guard.body_of(request, self.limits.body_seconds)
-        guard.refuse_urls(body)
+        body = await self._body(request)
         streamed, options = body.pop("stream", None), body.pop("stream_options", None)
         if streamed:
             usage = bool(isinstance(options, dict) and options.get("include_usage"))
@@ -66,15 +71,14 @@ class Service:
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         """Text as it is: no template, no tools; what the harness adds is that silence and endless text are failures."""
-        body = await guard.body_of(request, self.limits.body_seconds)
+        body = await self._body(request)
         body.pop("stream_options", None)
         if body.pop("stream", None):
             return await sse.send(request, text.stream(self.harness, self.upstream, body))
         return guard.json_response(await text.complete(self.harness, self.upstream, body))
 
     async def create_response(self, request: web.Request) -> web.StreamResponse:
-        body = await guard.body_of(request, self.limits.body_seconds)
-        guard.refuse_urls(body)
+        body = await self._body(request)
         if body.get("stream"):
             return await sse.send(request, self._responses.stream(body), named=True, done=False)
         return guard.json_response(await self._responses.create(body))
@@ -107,6 +111,11 @@ class Service:
         page, kind = self.metrics.render()
         return web.Response(body=page, headers={"Content-Type": kind})
 
+    async def _body(self, request: web.Request) -> dict[str, Any]:
+        body = await guard.body_of(request, self.limits.body_seconds, log=self.limits.log_bodies)
+        guard.refuse_urls(body)
+        return body
+
     def _counted(self) -> Any:
         """The outermost layer: counts, bounds what is open, and turns a fault of our own into an answer."""
 
@@ -115,6 +124,7 @@ class Service:
             route = request.match_info.route.resource
             path = route.canonical if route is not None else "other"
             begun, status = time.monotonic(), 500
+            connections.begun(request)
             if self.metrics.open._value.get() >= self.limits.open_requests:
                 error = HarnessError("too many requests are open", status=429, code="overloaded")
                 self.metrics.request(path, 429, 0.0)
@@ -127,11 +137,14 @@ class Service:
                 except asyncio.CancelledError:
                     status = 499  # the caller left
                     raise
-                except Exception:
-                    log.exception("a fault of lowbit's own on %s", path)  # never the body
+                except Exception as fault:
+                    # Where it happened and of what kind, and never its words: they may quote the body.
+                    frames = "".join(traceback.format_tb(fault.__traceback__))
+                    log.error("a fault of lowbit's own on %s: %s\n%s", path, type(fault).__name__, frames)
                     error = HarnessError("a fault of lowbit's own", status=500, code="internal_error")
                     return guard.json_response(error.as_json(), status=500)
                 finally:
+                    connections.ended(request)
                     self.metrics.request(path, status, time.monotonic() - begun)
 
         return counted

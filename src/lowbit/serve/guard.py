@@ -1,8 +1,8 @@
 """Who may ask, and how much: hosts, keys, sizes, times, and URLs that would make the server fetch something.
 
 A server on loopback is reached by every page that a browser has open. So a request must name a host that is served
-here (else a name that was re-pointed at 127.0.0.1 would do), and a body must say that it is JSON, which a page of
-another origin cannot say without asking first.
+here (else a name that was re-pointed at 127.0.0.1 would do), must not say that it comes from a page of elsewhere, and
+a body must say that it is JSON, which such a page cannot say without asking first.
 """
 
 from __future__ import annotations
@@ -11,16 +11,30 @@ import asyncio
 import hmac
 import ipaddress
 import json
+import math
+import re
 from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
 from aiohttp import web
 
+from lowbit import console
 from lowbit.harness import BadRequest, HarnessError
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-_OPEN = ("/health", "/v1/health")  # asked by those who have no key: supervisors, containers
-_URL_KEYS = ("url", "file_url", "image_url", "video_url", "audio_url", "server_url")
+_OPEN = ("/health", "/openapi.json")  # asked by those who have no key: supervisors, containers, makers of clients
+# What is text to be read, wherever in a message it stands; a URL in it is a word.
+_TEXT = frozenset({
+    "text", "content", "refusal", "arguments", "output", "reasoning", "reasoning_content", "thinking", "summary",
+    "instructions", "type",
+})  # fmt: skip
+PAGE = "page"  # the name of routes that give files of the web page
+_PREFLIGHT = {
+    "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
+    "Access-Control-Allow-Headers": "*, Authorization",  # the star does not stand for Authorization
+    "Access-Control-Max-Age": "600",
+}
+_SCHEME = re.compile(r"\s*[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
 def is_loopback(host: str) -> bool:
@@ -33,8 +47,11 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def middleware(*, hosts: Collection[str], key: str | None) -> Any:
-    """hosts: that the Host header may name, without ports; empty means any (the server has a key then)."""
+def middleware(*, hosts: Collection[str], key: str | None, origins: Collection[str] = (), page: bool = False) -> Any:
+    """hosts: that the Host header may name, without ports; empty means any (the server has a key then)
+    origins: of pages elsewhere that may ask, as browsers spell them; "*" is any
+    page: whether GETs outside /v1 are files of a web page, which a browser cannot send a key for
+    """
     allowed = {host.casefold() for host in hosts}
 
     @web.middleware
@@ -42,25 +59,54 @@ def middleware(*, hosts: Collection[str], key: str | None) -> Any:
         try:
             if allowed and _host(request.host) not in allowed:
                 raise HarnessError("this host name is not served here", status=403, code="forbidden_host")
-            if key is not None and request.path not in _OPEN and not _has_key(request, key):
+            origin = request.headers.get("Origin")
+            known = origin is not None and is_origin_of(origins, origin)
+            # Who has a key is no page that was merely open in a browser.
+            if origin is not None and key is None and not known and not _is_own(origin, request.host):
+                raise HarnessError("pages of this origin may not ask", status=403, code="forbidden_origin")
+            if known and request.method == "OPTIONS":
+                return web.Response(status=204, headers=_PREFLIGHT)
+            if key is not None and not _is_open(request, page) and not _has_key(request, key):
                 raise HarnessError("the API key is missing or wrong", status=401, code="invalid_api_key")
             return await handler(request)
         except HarnessError as error:
-            return json_response(error.as_json(), status=error.status)
+            headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
+            return json_response(error.as_json(), status=error.status, headers=headers)
         except web.HTTPRequestEntityTooLarge:
             large = HarnessError("the body is too large", status=413, code="body_too_large")
             return json_response(large.as_json(), status=413)
         except web.HTTPException as error:
             if error.status < 400:
                 raise
-            found = HarnessError(error.reason, status=error.status, code="not_found" if error.status == 404 else "http")
-            return json_response(found.as_json(), status=error.status)
+            code = {404: "not_found", 405: "method_not_allowed"}.get(error.status, "http")
+            found = HarnessError(error.reason, status=error.status, code=code)
+            headers = {name: error.headers[name] for name in ("Allow",) if name in error.headers}
+            return json_response(found.as_json(), status=error.status, headers=headers)
 
     return check
 
 
-async def body_of(request: web.Request, seconds: float) -> dict[str, Any]:
-    """The JSON object of a request. Raises HarnessError: 415 (not said to be JSON), 400, 408 (too slow)."""
+def cors(origins: Collection[str]) -> Any:
+    """For on_response_prepare: what tells a browser that a page of these origins may read the answer."""
+
+    async def tell(request: web.Request, response: web.StreamResponse) -> None:
+        origin = request.headers.get("Origin")
+        if origin is not None and is_origin_of(origins, origin):
+            response.headers["Access-Control-Allow-Origin"] = "*" if "*" in origins else origin
+            response.headers["Vary"] = "Origin"
+
+    return tell
+
+
+def is_origin_of(origins: Collection[str], origin: str) -> bool:
+    return "*" in origins or origin.casefold() in origins
+
+
+async def body_of(request: web.Request, seconds: float, *, log: bool = False) -> dict[str, Any]:
+    """The JSON object of a request. Raises HarnessError: 415 (not said to be JSON), 400, 408 (too slow).
+
+    log: whether it is shown on standard error, as one line
+    """
     if request.content_type != "application/json":
         raise HarnessError("the Content-Type must be application/json", status=415, code="unsupported_media_type")
     try:
@@ -68,8 +114,12 @@ async def body_of(request: web.Request, seconds: float) -> dict[str, Any]:
             raw = await request.read()
     except TimeoutError:
         raise HarnessError("the body did not come in time", status=408, code="body_timeout") from None
+    except web.RequestPayloadError:
+        raise BadRequest("the body is broken") from None
+    if log:
+        console.log(f"{request.method} {request.path} {' '.join(raw.decode('utf-8', 'replace').split())}")
     try:
-        body = json.loads(raw, parse_constant=_no_constant)
+        body = json.loads(raw, parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError):
         raise BadRequest("the body is not JSON") from None
     if not isinstance(body, dict):
@@ -78,20 +128,17 @@ async def body_of(request: web.Request, seconds: float) -> dict[str, Any]:
 
 
 def refuse_urls(body: dict[str, Any]) -> None:
-    """Images and the like must come inside the request (data:), never from an address that the server would fetch.
+    """Images and the like must come inside the request (data:), never from an address that the server would fetch or a
+    file that it would open, in whatever form of OpenAI's, llama-server's, vLLM's or Ollama's they are named.
 
     Raises BadRequest naming the message.
     """
-    messages = body.get("messages", body.get("input"))
-    for i, message in enumerate(messages if isinstance(messages, list) else ()):
-        content = message.get("content") if isinstance(message, dict) else None
-        for part in content if isinstance(content, list) else ():
-            for url in _urls(part):
-                if not url.startswith("data:"):
-                    raise BadRequest(
-                        "a URL in a message must be a data: URL: nothing is fetched for a request",
-                        param=f"messages[{i}]",
-                    )
+    for name in ("messages", "input", "prompt"):
+        entries = body.get(name)
+        for i, entry in enumerate(entries if isinstance(entries, list) else ()):
+            if _leads_away(entry):
+                message = "a URL in a message must be a data: URL: nothing is fetched for a request"
+                raise BadRequest(message, param=f"{name}[{i}]")
 
 
 def json_response(found: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
@@ -99,16 +146,37 @@ def json_response(found: Any, *, status: int = 200, headers: dict[str, str] | No
     return web.Response(body=text, status=status, content_type="application/json", headers=headers)
 
 
-def _urls(part: Any) -> list[str]:
-    found, todo = [], [part]
+def _leads_away(entry: Any) -> bool:
+    """Whether a message names something to be fetched: a URL outside what is text, or anything but data: where a URL
+    belongs. Other text may look like anything: a sound in base64 begins with "//"."""
+    todo: list[tuple[str, Any]] = [("", entry)]
     while todo:
-        node = todo.pop()
-        for name, value in node.items() if isinstance(node, dict) else ():
-            if isinstance(value, str) and name in _URL_KEYS:
-                found.append(value)
-            elif isinstance(value, dict):
-                todo.append(value)
-    return found
+        name, value = todo.pop()
+        if isinstance(value, dict):
+            # What an answer quoted is shown to people, and comes back with the conversation.
+            todo.extend((str(key).casefold(), inner) for key, inner in value.items() if key != "annotations")
+        elif isinstance(value, list):
+            todo.extend((name, inner) for inner in value)
+        elif isinstance(value, str) and name and name not in _TEXT:
+            is_place = name.endswith(("url", "uri", "urls", "uris"))
+            if (is_place and not value.startswith("data:")) or _SCHEME.match(value):
+                return True
+    return False
+
+
+def _is_open(request: web.Request, page: bool) -> bool:
+    return request.path in _OPEN or (page and request.method in ("GET", "HEAD") and _is_page(request))
+
+
+def _is_page(request: web.Request) -> bool:
+    """Whether the route is one of the web page's files: never a path that answers anything else."""
+    resource = request.match_info.route.resource
+    return resource is not None and (resource.name or "").startswith(PAGE)
+
+
+def _is_own(origin: str, host: str) -> bool:
+    """Whether a page came from this very endpoint."""
+    return origin.casefold().partition("://")[2] == host.casefold()
 
 
 def _host(header: str) -> str:
@@ -124,3 +192,10 @@ def _has_key(request: web.Request, key: str) -> bool:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    """1e999 is JSON, and infinity is not."""
+    if math.isinf(value := float(text)):
+        raise ValueError("a number out of range")
+    return value

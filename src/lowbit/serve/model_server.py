@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -124,10 +125,17 @@ class ModelServer:
     """The server, kept running: started again when its process ends, five times in ten minutes at most.
 
     on_start: called with its URL, up to and with /v1, each time it answers
+    page:     whether it has its web page
+
+    key: what it must be sent, made for it. It listens on this machine, where it would answer every other program and,
+    as llama.cpp allows all origins, every page in a browser.
     """
 
-    def __init__(self, path: Path, options: ModelOptions, on_start: Callable[[str], Any]) -> None:
-        self._path, self._options, self._on_start = path, options, on_start
+    def __init__(
+        self, path: Path, options: ModelOptions, on_start: Callable[[str], Any], *, page: bool = False
+    ) -> None:
+        self._path, self._options, self._on_start, self._page = path, options, on_start, page
+        self.key = secrets.token_urlsafe(24)
         self._server: LlamaServer | None = None
         self._watch: asyncio.Task[None] | None = None
         self._started: list[float] = []
@@ -156,7 +164,7 @@ class ModelServer:
         self._server = await asyncio.to_thread(
             LlamaServer, self._path, context=o.context, slots=o.slots, kv_unified=bool(o.kv_unified),
             kv_type=o.kv_type, swa_full=o.swa_full, threads=o.threads, drafter=o.drafter, mmproj=o.mmproj,
-            template=o.template, llama_server=o.llama_server, alias=self._path.stem,
+            template=o.template, llama_server=o.llama_server, alias=self._path.stem, api_key=self.key, ui=self._page,
         )  # fmt: skip
         self._on_start(self._server.url)
 
