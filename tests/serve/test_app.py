@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 from endpoint import Endpoint, served
 from scripted import Scripted
 
-from lowbit.errors import BadOption
+from lowbit.errors import BadFile, BadOption, NotFound
 from lowbit.harness import UpstreamFailed
 from lowbit.serve import ServeOptions, running
+from lowbit.serve.keys import key_in
 
 HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
@@ -83,7 +87,107 @@ def test_a_page_of_another_origin_cannot_ask() -> None:
         async with endpoint.session.get(endpoint.url + "/models", headers={"Host": "rebound.example"}) as response:
             assert response.status == 403
 
+        headers = {"Content-Type": "application/json", "Origin": endpoint.root}
+        for origin, status in ((endpoint.root, 200), ("https://app.example", 403), ("null", 403)):
+            found, _ = await endpoint.post("/chat/completions", HELLO, headers=headers | {"Origin": origin})
+            assert found == status
+            async with endpoint.session.options(
+                endpoint.url + "/chat/completions", headers={"Origin": origin, "Access-Control-Request-Method": "POST"}
+            ) as response:
+                assert response.status in (403, 405) and "Access-Control-Allow-Origin" not in response.headers
+
     ask(Scripted("hi"), asking)
+
+
+@pytest.mark.parametrize("origins, told", [(("https://App.example/",), "https://app.example"), (("*",), "*")])
+def test_a_page_that_was_named_can(origins: tuple[str, ...], told: str) -> None:
+    async def asking(endpoint: Endpoint) -> None:
+        headers = {"Origin": "https://app.example", "Access-Control-Request-Method": "POST"}
+        async with endpoint.session.options(endpoint.url + "/chat/completions", headers=headers) as response:
+            assert response.status == 204 and response.headers["Access-Control-Allow-Origin"] == told
+            assert "Authorization" in response.headers["Access-Control-Allow-Headers"]
+        for more in ({}, {"stream": True}):
+            async with endpoint.session.post(
+                endpoint.url + "/chat/completions", json=HELLO | more, headers=headers
+            ) as response:
+                assert response.status == 200 and response.headers["Access-Control-Allow-Origin"] == told
+        if told != "*":
+            other = {"Origin": "https://other.example"}
+            async with endpoint.session.get(endpoint.url + "/models", headers=other) as response:
+                assert response.status == 403 and "Access-Control-Allow-Origin" not in response.headers
+
+    ask(Scripted("hi"), asking, ServeOptions(port=0, origins=origins))
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_bodies_are_not_logged_unless_asked(
+    shown: bool, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever goes wrong, at the most talkative level."""
+
+    class Faulty(Scripted):
+        async def chat(self, body: dict[str, Any], seconds: float) -> dict[str, Any]:
+            raise UpstreamFailed("the model's server: gone")
+
+    def fault(harness: Any, body: dict[str, Any]) -> Any:
+        raise KeyError(body["messages"][0]["content"])
+
+    async def asking(endpoint: Endpoint) -> list[str]:
+        said, body = [], {"messages": [{"role": "user", "content": "mellon-7"}], "lowbit": {"tries": 1}}
+        for more in ({}, {"max_tokens": "mellon-7"}, {"response_format": {"type": "mellon-7"}}):
+            said.append(json.dumps((await endpoint.post("/chat/completions", body | more))[1]))
+        async with endpoint.session.post(
+            endpoint.url + "/responses", data=b'{"input": "mellon-7"', headers={"Content-Type": "application/json"}
+        ) as response:
+            said.append(await response.text())
+        _, writer = await asyncio.open_connection("127.0.0.1", int(endpoint.root.rpartition(":")[2]))
+        writer.write(b"mellon-7 {}\r\n\r\n")
+        await asyncio.sleep(0.1)
+        writer.close()
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("lowbit.harness.Harness.complete", fault)
+            status, found = await endpoint.post("/chat/completions", body)
+        assert status == 500 and "mellon-7" not in json.dumps(found)
+        return said
+
+    with caplog.at_level(logging.DEBUG):
+        said = ask(Faulty("hi"), asking, ServeOptions(port=0, log_bodies=shown))
+    logged, out = caplog.text, capfd.readouterr()
+    assert "KeyError" in logged and "mellon-7" not in logged and "mellon-7" not in out.out
+    assert ("mellon-7" in out.err) == shown
+    assert all("mellon-7" not in text for text in said)
+
+
+def test_keys_are_never_said(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
+    class Refuses(Scripted):
+        async def chat(self, body: dict[str, Any], seconds: float) -> dict[str, Any]:
+            raise web.HTTPUnauthorized(text='{"error": {"message": "Incorrect API key: sk-upstream-1"}}')
+
+    async def asking(endpoint: Endpoint) -> tuple[int, str]:
+        headers = {"Authorization": "Bearer sk-mine-2"}
+        status, found = await endpoint.post("/chat/completions", HELLO, headers=headers)
+        wrong = await endpoint.post("/chat/completions", HELLO, headers={"Authorization": "Bearer sk-wrong-3"})
+        return status, json.dumps([found, wrong])
+
+    with caplog.at_level(logging.DEBUG):
+        options = ServeOptions(port=0, key="sk-mine-2", upstream_key="sk-upstream-1")
+        status, found = ask(Refuses("hi"), asking, options)
+    told = found + caplog.text + "".join(capfd.readouterr())
+    assert status == 502 and "Incorrect API key" in found and "sk-" not in told
+
+
+@pytest.mark.parametrize("text, fine", [("sesame\n", True), ("", False), ("open sesame", False), ("a\nb", False)])
+def test_the_key_comes_from_a_file(text: str, fine: bool, tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text(text, encoding="utf-8")
+    if fine:
+        assert key_in(file) == "sesame"
+    else:
+        with pytest.raises(BadFile) as caught:
+            key_in(file)
+        assert not text or text not in str(caught.value)
+    with pytest.raises(NotFound):
+        key_in(tmp_path / "absent")
 
 
 def test_only_who_has_the_key_is_served() -> None:
@@ -107,13 +211,55 @@ def test_other_hosts_need_a_key() -> None:
         asyncio.run(go())
 
 
-@pytest.mark.parametrize("url", ["http://169.254.169.254/latest", "file:///etc/passwd", "//x/y"])
-def test_nothing_is_fetched_for_a_request(url: str) -> None:
-    content = [{"type": "image_url", "image_url": {"url": url}}]
-    body = {"messages": [{"role": "user", "content": content}]}
+AWAY = "http://169.254.169.254/latest"
+PARTS = [
+    *(
+        {"type": "image_url", "image_url": {"url": url}}
+        for url in (AWAY, "file:///etc/passwd", "//x/y", " HtTp://x/", "x")
+    ),
+    {"type": "image_url", "image_url": AWAY},
+    {"type": "image_url", "IMAGE_URL": {"Url": AWAY}},
+    {"type": "image_url", "image_url": [{"url": "data:,"}, {"url": AWAY}]},
+    {"type": "text", "text": "see", "image_url": {"url": AWAY}},
+    {"type": "input_image", "image_url": AWAY},
+    {"type": "input_audio", "input_audio": {"data": AWAY, "format": "wav"}},
+    {"type": "audio_url", "audio_url": {"url": AWAY}},
+    {"type": "video_url", "video_url": {"url": AWAY}},
+    {"type": "input_video", "input_video": {"url": "ftp://x/"}},
+    {"type": "file", "file": {"file_data": "gopher://x/"}},
+    {"type": "input_file", "file_url": AWAY},
+    {"type": "image", "source": {"type": "url", "url": AWAY}},
+    {"type": "image", "image": AWAY},
+]
+
+
+@pytest.mark.parametrize("part", PARTS, ids=str)
+def test_nothing_is_fetched_for_a_request(part: dict[str, Any]) -> None:
+    async def asking(endpoint: Endpoint) -> None:
+        for message in ({"content": [part]}, {"content": [{"type": "text", "text": "x"}, {"type": "x", "x": [part]}]}):
+            for path, name in (("/chat/completions", "messages"), ("/responses", "input")):
+                status, found = await endpoint.post(path, {name: [{"role": "user", **message}]})
+                assert status == 400 and found["error"]["param"] == f"{name}[0]"
+        status, found = await endpoint.post("/chat/completions", {"messages": [{"role": "user", "images": [AWAY]}]})
+        assert status == 400 and found["error"]["param"] == "messages[0]"
+
     upstream = Scripted("hi")
-    status, found = ask(upstream, lambda e: e.post("/chat/completions", body))
-    assert status == 400 and found["error"]["param"] == "messages[0]" and not upstream.sent
+    ask(upstream, asking)
+    assert not upstream.sent
+
+
+def test_a_url_in_text_is_text() -> None:
+    sound = {"type": "input_audio", "input_audio": {"data": "//uQxAAA", "format": "mp3"}}
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,//8="}}
+    call = {"id": "c", "type": "function", "function": {"name": "get", "arguments": '{"url": "http://x/"}'}}
+    body = {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "http://x/"}, sound, image]},
+            {"role": "assistant", "content": "http://x/", "annotations": [{"url": "http://x/"}], "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c", "content": "https://x/"},
+        ]
+    }
+    assert ask(Scripted("hi"), lambda e: e.post("/chat/completions", body))[0] == 200
 
 
 def test_a_large_body_is_refused() -> None:

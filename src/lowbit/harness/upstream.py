@@ -73,13 +73,13 @@ class HttpUpstream:
         async with _Exchange(
             self._client(), "GET", (root or self.url) + path, None, self._headers, seconds
         ) as response:
-            return await _object(response)
+            return await self._object(response)
 
     async def ask(self, path: str, body: dict[str, Any], seconds: float) -> dict[str, Any]:
         """What a POST gives, a JSON object. Raises UpstreamFailed."""
         body = self._body(body, stream=False)
         async with _Exchange(self._client(), "POST", self.url + path, body, self._headers, seconds) as response:
-            return await _object(response)
+            return await self._object(response)
 
     async def chunks(self, path: str, body: dict[str, Any], seconds: float) -> AsyncIterator[dict[str, Any]]:
         """The events of a POST that is answered by a stream, up to [DONE]. Raises UpstreamFailed."""
@@ -88,7 +88,7 @@ class HttpUpstream:
         async with _Exchange(self._client(), "POST", self.url + path, body, self._headers, seconds) as response:
             if response.status >= 400:
                 raw = await _read(response, _LARGEST)
-                raise _refused(response.status, _json(raw), raw)
+                raise self._refused(response.status, _json(raw), raw)
             finished = False
             async for data in events(response.content):
                 if data == b"[DONE]":
@@ -97,11 +97,35 @@ class HttpUpstream:
                 if not isinstance(chunk, dict):
                     raise UpstreamFailed("the model's server sent a broken event", code="upstream_malformed")
                 if "error" in chunk and "choices" not in chunk:
-                    raise _refused(502, chunk, data)
+                    raise self._refused(502, chunk, data)
                 finished = finished or _finish_of(chunk) is not None
                 yield chunk
             if not finished:
                 raise UpstreamFailed("the stream broke off", code="upstream_broken_stream")
+
+    async def _object(self, response: Any) -> dict[str, Any]:
+        raw = await _read(response, _LARGEST)
+        found = _json(raw)
+        if response.status >= 400:
+            raise self._refused(response.status, found, raw)
+        if not isinstance(found, dict):
+            raise UpstreamFailed("the model's server sent no JSON object", code="upstream_malformed")
+        if "error" in found and "choices" not in found:
+            raise self._refused(502, found, raw)
+        return found
+
+    def _refused(self, status: int, found: Any, raw: bytes) -> UpstreamFailed:
+        error = found.get("error") if isinstance(found, dict) else None
+        message = error.get("message") if isinstance(error, dict) else error
+        said = message if isinstance(message, str) else raw[:200].decode("utf-8", "replace")
+        if self.key:
+            said = said.replace(self.key, "...")  # some servers quote the key that they refuse
+        # 4xx is about the request and goes to the caller as it is; but for "too many" and "took too long", and for a
+        # key that is refused: it is ours, and the caller's may be right.
+        final = 400 <= status < 500 and status not in (408, 425, 429)
+        text = f"the model's server answered {status}: {' '.join(said.split())[:500]}"
+        as_it_is = (final and status not in (401, 403)) or status == 429
+        return UpstreamFailed(text, status=status if as_it_is else 502, again=not final)
 
     def _body(self, body: dict[str, Any], *, stream: bool) -> dict[str, Any]:
         body = {k: v for k, v in body.items() if k not in ("stream", "stream_options")} | {"stream": stream}
@@ -190,18 +214,6 @@ async def events(content: Any) -> AsyncIterator[bytes]:
         yield b"\n".join(pending)
 
 
-async def _object(response: Any) -> dict[str, Any]:
-    raw = await _read(response, _LARGEST)
-    found = _json(raw)
-    if response.status >= 400:
-        raise _refused(response.status, found, raw)
-    if not isinstance(found, dict):
-        raise UpstreamFailed("the model's server sent no JSON object", code="upstream_malformed")
-    if "error" in found and "choices" not in found:
-        raise _refused(502, found, raw)
-    return found
-
-
 async def _read(response: Any, most: int) -> bytes:
     parts, size = [], 0
     async for part in response.content.iter_any():
@@ -217,16 +229,6 @@ def _json(raw: bytes) -> Any:
         return json.loads(raw)
     except (ValueError, RecursionError):
         return None
-
-
-def _refused(status: int, found: Any, raw: bytes) -> UpstreamFailed:
-    error = found.get("error") if isinstance(found, dict) else None
-    message = error.get("message") if isinstance(error, dict) else error
-    said = message if isinstance(message, str) else raw[:200].decode("utf-8", "replace")
-    # 4xx is about the request and goes to the caller as it is; but for "too many" and "took too long".
-    final = 400 <= status < 500 and status not in (408, 425, 429)
-    text = f"the model's server answered {status}: {' '.join(said.split())[:500]}"
-    return UpstreamFailed(text, status=status if final or status == 429 else 502, again=not final)
 
 
 def _finish_of(chunk: dict[str, Any]) -> str | None:

@@ -128,7 +128,12 @@ async def _listening(
     app = service.app(hosts=_LOOPBACK if local else (), key=options.key, origins=options.origins)
     # handler_cancellation: who leaves before the answer frees the model's slot.
     runner = web.AppRunner(
-        app, access_log=None, handler_cancellation=True, keepalive_timeout=75.0, logger=connections.quiet_logger()
+        app,
+        access_log=None,
+        handler_cancellation=True,
+        keepalive_timeout=75.0,
+        lingering_time=2.0,
+        logger=connections.quiet_logger(),
     )
     await runner.setup()
     assert runner.server is not None

@@ -90,6 +90,7 @@ def cors(origins: Collection[str]) -> Any:
     """For on_response_prepare: what tells a browser that a page of these origins may read the answer."""
 
     async def tell(request: web.Request, response: web.StreamResponse) -> None:
+        response.headers["Server"] = "lowbit"  # and not which version of what
         origin = request.headers.get("Origin")
         if origin is not None and is_origin_of(origins, origin):
             response.headers["Access-Control-Allow-Origin"] = "*" if "*" in origins else origin
