@@ -48,7 +48,7 @@ class HarnessOptions:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < least):
                 raise BadOption(f"impossible {name}", found=repr(value)[:60], expected=f"a whole number from {least}")
-        if not isinstance(self.seconds, int | float) or not self.seconds > 0:
+        if type(self.seconds) not in (int, float) or not self.seconds > 0:
             raise BadOption("impossible seconds", found=repr(self.seconds)[:60], expected="more than 0")
         if unknown := sorted(self.layers - set(LAYERS)):
             raise BadOption("unknown layer", found=unknown[0], expected=", ".join(LAYERS))

@@ -12,8 +12,8 @@ from typing import Any
 
 from aiohttp import web
 
-from lowbit.harness import Harness, HarnessError, HttpUpstream, text
-from lowbit.serve import connections, guard, sse
+from lowbit.harness import BadRequest, Harness, HarnessError, HttpUpstream, text
+from lowbit.serve import connections, guard, openapi, sse
 from lowbit.serve.metrics import Metrics
 from lowbit.serve.page import Page
 from lowbit.serve.responses import Responses
@@ -56,6 +56,12 @@ class Service:
         app.router.add_get("/v1/models/{model:.+}", self.model)
         app.router.add_get("/health", self.health)
         app.router.add_get("/metrics", self.show_metrics)
+        described = openapi.document(needs_key=key is not None)
+
+        async def describe(request: web.Request) -> web.StreamResponse:
+            return guard.json_response(described)
+
+        app.router.add_get("/openapi.json", describe)
         if self.page:
             Page(self.upstream).add_to(app)
         app.on_cleanup.append(self._close)
@@ -113,6 +119,8 @@ class Service:
 
     async def _body(self, request: web.Request) -> dict[str, Any]:
         body = await guard.body_of(request, self.limits.body_seconds, log=self.limits.log_bodies)
+        if body.get("stream") not in (None, True, False) or type(body.get("stream")) is int:
+            raise BadRequest("stream must be true or false", param="stream")
         guard.refuse_urls(body)
         return body
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from lowbit.harness import BadRequest, Harness, HarnessError
 from lowbit.harness.answer import text_of
+from lowbit.harness.request import ROLES
 
 Json = dict[str, Any]
 _GIVEN_ON = ("model", "temperature", "top_p", "parallel_tool_calls", "seed", "user", "lowbit")
@@ -81,7 +82,7 @@ class Responses:
     def _chat(self, body: Json) -> tuple[list[Json], Json]:
         """The conversation without instructions, and the chat request."""
         for key in ("background", "conversation", "prompt"):
-            if body.get(key):
+            if body.get(key) is not None and body[key] is not False:
                 raise BadRequest(f"{key} is not supported here", param=key)
         previous = body.get("previous_response_id")
         before = self._kept.get(str(previous))[1] if previous else []
@@ -92,8 +93,10 @@ class Responses:
         system = [{"role": "system", "content": instructions}] if instructions else []
         chat: Json = {key: body[key] for key in _GIVEN_ON if body.get(key) is not None}
         chat["messages"] = [*system, *messages]
-        if body.get("max_output_tokens") is not None:
-            chat["max_tokens"] = body["max_output_tokens"]
+        if (limit := body.get("max_output_tokens")) is not None:
+            if type(limit) is not int or limit < 1:
+                raise BadRequest("max_output_tokens must be a positive whole number", param="max_output_tokens")
+            chat["max_tokens"] = limit
         if tools := _tools(body.get("tools")):
             chat["tools"] = tools
             if body.get("tool_choice") is not None:
@@ -220,6 +223,8 @@ def _messages(given: Any) -> list[Json]:
             raise BadRequest(f"{where} must be an object", param=where)
         kind = item.get("type") or "message"
         if kind == "message":
+            if item.get("role") not in ROLES:
+                raise BadRequest(f"{where} must have a role of {', '.join(ROLES)}", param=f"{where}.role")
             found.append({"role": item.get("role"), "content": _content(item.get("content"), where)})
         elif kind == "function_call":
             _add_call(found, item, where)
@@ -232,7 +237,9 @@ def _messages(given: Any) -> list[Json]:
             found.append({"role": "assistant", "content": None, "reasoning_content": thoughts})
         else:
             raise BadRequest(f"{where} is of a type that is not supported here: {str(kind)[:60]}", param=where)
-    return _joined(found)
+    if not (joined := _joined(found)):
+        raise BadRequest("input says nothing", param="input")
+    return joined
 
 
 def _add_call(found: list[Json], item: Json, where: str) -> None:

@@ -12,6 +12,7 @@ from aiohttp import web
 
 from lowbit.harness import HarnessError
 
+_SLOW = 60.0  # seconds that a caller may leave a chunk unread
 _QUIET = 10.0  # seconds without a chunk after which a comment says that somebody is still there
 _HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -30,7 +31,7 @@ async def send(
         while True:
             while not (await asyncio.wait((following,), timeout=_QUIET))[0]:
                 await _begin(response, request)
-                await response.write(b": still working\n\n")
+                await _write(response, b": still working\n\n")
             try:
                 chunk = following.result()
             except StopAsyncIteration:
@@ -38,17 +39,20 @@ async def send(
             except HarnessError as error:
                 if not response.prepared:
                     raise
-                await response.write(_event(error.as_json() | ({"type": "error"} if named else {}), named))
+                await _write(response, _event(error.as_json() | ({"type": "error"} if named else {}), named))
                 break
             following = asyncio.ensure_future(anext(chunks))
             await _begin(response, request)
-            await response.write(_event(chunk, named))
+            await _write(response, _event(chunk, named))
         await _begin(response, request)
         if done:
-            await response.write(b"data: [DONE]\n\n")
+            await _write(response, b"data: [DONE]\n\n")
         await response.write_eof()
     except ConnectionError:
         pass  # the caller left; what was asked for it is given up below
+    except TimeoutError:
+        if request.transport is not None:
+            request.transport.abort()
     finally:
         following.cancel()
         with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration, HarnessError):
@@ -60,6 +64,11 @@ async def send(
 async def _begin(response: web.StreamResponse, request: web.Request) -> None:
     if not response.prepared:
         await response.prepare(request)
+
+
+async def _write(response: web.StreamResponse, data: bytes) -> None:
+    async with asyncio.timeout(_SLOW):
+        await response.write(data)
 
 
 def _event(chunk: dict[str, Any], named: bool) -> bytes:
