@@ -60,7 +60,7 @@ def test_a_plain_answer_goes_through() -> None:
         ('```json\n{"name": "Ann", "age": 3}\n```', ["json_extracted"]),
         ('Here you are: {"name": "Ann", "age": 3}. Enjoy!', ["json_extracted"]),
         ("{'name': 'Ann', 'age': 3,}", ["json_repaired"]),
-        ('{"name": "Ann", "age": 3', ["json_repaired"]),
+        ('{"age": 3, "name": "Ann"', ["json_repaired"]),
     ],
 )
 def test_json_is_mended(reply: str, done: list[str]) -> None:

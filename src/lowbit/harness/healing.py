@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from lowbit.harness import structured
+from lowbit.harness import repair
 from lowbit.harness.answer import Call
 from lowbit.harness.failures import Problem
 from lowbit.harness.request import Tool
@@ -34,7 +34,7 @@ def heal(call: Call, tools: Mapping[str, Tool], trace: Trace, *, mend: bool, cut
         trace.add("heal", "name_healed", f"{call.name} to {known}")
         call.name = known
     schema = tools[call.name].parameters
-    value, how = read_arguments(call.arguments, mend=mend and not cut)
+    value, how = read_arguments(call.arguments, mend=mend and not cut, schema=schema.raw)
     if value is None:
         kind = "truncated" if cut else "bad_arguments"
         detail = f"the arguments of {call.name} are {'cut off' if cut else 'no JSON object'}"
@@ -71,7 +71,7 @@ def nearest(name: str, tools: Mapping[str, Tool]) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def read_arguments(text: str, *, mend: bool) -> tuple[dict[str, Any] | None, list[str]]:
+def read_arguments(text: str, *, mend: bool, schema: Any = None) -> tuple[dict[str, Any] | None, list[str]]:
     """The arguments as an object, and what it took to read them; None where they are none."""
     if not text.strip():
         return {}, []
@@ -81,7 +81,7 @@ def read_arguments(text: str, *, mend: bool) -> tuple[dict[str, Any] | None, lis
     except (ValueError, RecursionError):
         if not mend:
             return None, how
-        value, word = structured.mended(text)
+        value, word = repair.mended(text, schema)
         if word is None:
             return None, how
         how.append(word.replace("_", " "))

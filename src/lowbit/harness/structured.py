@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowbit.harness.failures import BadRequest, Problem
+from lowbit.harness.repair import TwoKeys, loads, mended
 from lowbit.harness.trace import Trace
 
 _DEEPEST = 64  # nesting of a schema or a value; Python's own limit is near 1,000 frames
@@ -84,45 +85,26 @@ class Schema:
 def read_value(text: str, schema: Schema, trace: Trace, *, repair: bool) -> tuple[Any, Problem | None]:
     """The value in what a model wrote, and what is wrong with it.
 
-    With ``repair``, fences and words around the JSON are cut off, and broken JSON is mended (json-repair); what was
-    done is in the trace. A mended value still has to follow the schema: mending never makes a value up to please it.
+    With ``repair``, fences and words around the JSON are cut off, and broken JSON is mended where it leaves no doubt
+    (repair.py); what was done is in the trace. A mended value still has to follow the schema.
     """
     advice = "Answer with the JSON alone, and make it follow the schema."
     try:
-        value = json.loads(text, parse_constant=_no_constant)
+        value = loads(text)
+    except TwoKeys as error:
+        return None, Problem(kind="schema", detail=str(error), advice=advice)
     except (ValueError, RecursionError) as error:
         if not repair:
             return None, Problem(kind="not_json", detail=f"the answer is not JSON: {error}", advice=advice)
-        value, how = mended(text)
+        value, how = mended(text, schema.raw)
         if how is None:
-            return None, Problem(kind="not_json", detail="the answer holds no JSON", advice=advice)
+            holds = "{" in text or "[" in text
+            detail = f"the answer is not JSON: {error}" if holds else "the answer holds no JSON"
+            return None, Problem(kind="not_json", detail=detail, advice=advice)
         trace.add("repair", how)
     if wrong := schema.problem(value):
         return value, Problem(kind="schema", detail=f"the JSON does not follow the schema: {wrong}", advice=advice)
     return value, None
-
-
-def mended(text: str) -> tuple[Any, str | None]:
-    """A JSON value out of text that is not JSON, and a word for what it took; (None, None) where there is none."""
-    inner = _unfenced(text)
-    for candidate in (inner, _outermost(inner)):
-        if candidate is None:
-            continue
-        try:
-            return json.loads(candidate, parse_constant=_no_constant), "json_extracted"
-        except (ValueError, RecursionError):
-            pass
-    import json_repair
-
-    start = min((i for i in (inner.find("{"), inner.find("[")) if i >= 0), default=-1)
-    if start < 0:
-        return None, None
-    try:
-        value = json_repair.loads(inner[start:], skip_json_loads=True)
-        json.dumps(value, allow_nan=False)
-    except (ValueError, RecursionError, TypeError, KeyError, IndexError):
-        return None, None
-    return (value, "json_repaired") if isinstance(value, dict | list) else (None, None)
 
 
 def depth(value: Any) -> int:
@@ -139,31 +121,6 @@ def depth(value: Any) -> int:
         if deepest > 10_000:
             break
     return deepest
-
-
-def _unfenced(text: str) -> str:
-    """What stands in the first code fence, or the whole text."""
-    begin = text.find("```")
-    if begin < 0:
-        return text.strip()
-    line_end = text.find("\n", begin)
-    if line_end < 0:
-        return text.strip()
-    end = text.find("```", line_end)
-    return text[line_end + 1 : end if end >= 0 else len(text)].strip()
-
-
-def _outermost(text: str) -> str | None:
-    """From the first opening bracket to the last closing one of its kind."""
-    for opening, closing in sorted((("{", "}"), ("[", "]")), key=lambda pair: text.find(pair[0]) % (len(text) + 1)):
-        begin, end = text.find(opening), text.rfind(closing)
-        if 0 <= begin < end:
-            return text[begin : end + 1]
-    return None
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _default() -> Any:
