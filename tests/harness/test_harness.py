@@ -98,9 +98,24 @@ def test_json_cut_off_is_not_closed_by_guesswork() -> None:
 
 def test_the_schema_is_told_where_the_grammar_does_not_hold_it() -> None:
     upstream = Scripted('{"name": "Ann", "age": 1}')
-    complete(upstream, response_format=FORMAT)  # minimum is not enforced
-    assert upstream.sent[0]["response_format"] == FORMAT
-    assert "JSON Schema" in upstream.sent[0]["messages"][0]["content"]
+    complete(upstream, response_format=FORMAT)
+    assert "JSON Schema" not in str(upstream.sent[0]["messages"])
+    even = {**PERSON, "properties": {**PERSON["properties"], "age": {"type": "integer", "multipleOf": 1}}}
+    form = {"type": "json_schema", "json_schema": {"name": "person", "schema": even}}
+    complete(upstream, response_format=form)
+    assert upstream.sent[1]["response_format"] == form
+    assert "JSON Schema" in upstream.sent[1]["messages"][0]["content"]
+
+
+def test_one_schema_that_a_grammar_cannot_hold_does_not_end_grammars() -> None:
+    refusal = UpstreamFailed("Unable to generate parser for this template", status=400, again=False)
+    upstream = Scripted(refusal, '{"name": "Ann", "age": 1}')
+    upstream.holds.add("grammar")
+    found = complete(upstream, response_format=FORMAT)
+    assert did(found) == ["upstream_failed", "grammar_refused"]
+    assert "response_format" not in upstream.sent[1] and "JSON Schema" in str(upstream.sent[1]["messages"])
+    complete(upstream, response_format=FORMAT)
+    assert upstream.sent[2]["response_format"] == FORMAT
 
 
 def test_a_server_without_grammar_is_told_in_words() -> None:

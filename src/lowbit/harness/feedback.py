@@ -58,11 +58,14 @@ def after_refusal(asked: Request, error: UpstreamFailed, upstream: Upstream, tra
     if error.again:
         return asked
     mentions = error.message.lower()
-    schema_sent = asked.schema is not None and "grammar" not in upstream.refused
-    if schema_sent and any(word in mentions for word in ("grammar", "schema", "response_format")):
-        upstream.refused.add("grammar")
+    schema_sent = asked.schema is not None and asked.options.on("grammar") and "grammar" not in upstream.refused
+    if schema_sent and any(word in mentions for word in ("grammar", "schema", "response_format", "parser")):
         trace.add("grammar", "grammar_refused", error.message)
-        return asked
+        if "grammar" not in upstream.holds:
+            upstream.refused.add("grammar")
+            return asked
+        # A server that is known to have one has none of this schema: only this request goes without.
+        return replace(asked, options=replace(asked.options, layers=asked.options.layers - {"grammar"}))
     return None
 
 

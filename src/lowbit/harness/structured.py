@@ -8,19 +8,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from lowbit.harness import grammar
 from lowbit.harness.failures import BadRequest, Problem
 from lowbit.harness.repair import TwoKeys, loads, mended
 from lowbit.harness.trace import Trace
 
 _DEEPEST = 64  # nesting of a schema or a value; Python's own limit is near 1,000 frames
 _LARGEST = 1 << 20  # characters of a schema
-# What llama.cpp's own grammar of a schema enforces (common/json-schema-to-grammar.cpp). A schema that holds to these
-# keywords cannot be broken by a whole answer; of others the grammar silently leaves out what it does not know.
-_ENFORCED = frozenset({
-    "type", "properties", "required", "additionalProperties", "items", "prefixItems", "minItems", "maxItems", "enum",
-    "const", "anyOf", "oneOf", "$ref", "$defs", "definitions", "minLength", "maxLength",
-    "title", "description", "default", "examples", "$schema", "$id", "$comment", "deprecated", "readOnly", "writeOnly",
-})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,7 +47,7 @@ class Schema:
     @functools.cached_property
     def whole_in_grammar(self) -> bool:
         """Whether llama.cpp's grammar enforces all that this schema says."""
-        return all(key in _ENFORCED for key in _keywords(self.raw))
+        return grammar.holds(self.raw)
 
     def problem(self, value: Any) -> str | None:
         """What is wrong with a value, for a person and a model to read; None where nothing is."""
@@ -160,12 +154,6 @@ def _walk(schema: Any, visit: Callable[[dict[str, Any]], None]) -> None:
                 todo.append(value)
             elif isinstance(value, list):
                 todo.extend(item for item in value if isinstance(item, dict))
-
-
-def _keywords(schema: Any) -> set[str]:
-    found: set[str] = set()
-    _walk(schema, lambda node: found.update(node))
-    return found
 
 
 def _references(schema: Any) -> list[str]:
