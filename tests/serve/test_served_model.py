@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
+import http.client
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +97,63 @@ def test_errors_are_of_their_types(client: openai.OpenAI) -> None:
             model="m", messages=QUESTION, max_tokens=2, extra_body={"lowbit": {"tries": 1}},  # type: ignore[arg-type]
             response_format={"type": "json_schema", "json_schema": {"name": "p", "schema": Person.model_json_schema()}},
         )  # fmt: skip
+
+
+def get(url: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], bytes]:
+    request = urllib.request.Request(url, method=method, headers=headers, data=b"{}" if method == "POST" else None)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return response.status, dict(response.headers), response.read()
+    except urllib.error.HTTPError as error:
+        return error.code, dict(error.headers), error.read()
+
+
+def test_the_web_page_is_passed_on(served: Served) -> None:
+    root = served.url.removesuffix("/v1")
+    status, headers, page = get(root + "/")
+    assert status == 200 and headers["Content-Type"].startswith("text/html") and b"<html" in page
+    assert "frame-ancestors 'none'" in headers["Content-Security-Policy"]
+    scripts = re.findall(rb'href="\./(_app/[^"]+\.js)"', page)
+    assert scripts
+    status, headers, packed = get(f"{root}/{scripts[0].decode()}", **{"Accept-Encoding": "gzip"})
+    assert status == 200 and headers["Content-Encoding"] == "gzip"
+    assert get(f"{root}/{scripts[0].decode()}")[2] == gzip.decompress(packed)
+    assert get(f"{root}/{scripts[0].decode()}", **{"If-None-Match": headers["ETag"]})[0] == 304
+    props = json.loads(get(root + "/props")[2])
+    assert props["total_slots"] == 2 and props["model_path"] == "" and "site-packages" not in str(props)
+
+
+@pytest.mark.parametrize(
+    "method, path, status",
+    [
+        *(("GET", path, 404) for path in (
+            "/slots", "/tools", "/models", "/lora-adapters", "/completion", "/sw.js", "/absent.js", "/cors-proxy?url=x",
+            "/_app/../slots", "/_app/%2e%2e/slots", "/_app/..%2fslots", "//slots", "/v1/../slots", "/api/tags",
+            "/_app/a/b/c/d/e/f.js", "/.json", "/v1/chat/completions/control", "/v1/streams/lookup",
+        )),
+        *(("POST", path, 404) for path in (
+            "/slots/0?action=save", "/slots/0?action=erase", "/lora-adapters", "/completion", "/infill", "/tokenize",
+            "/apply-template", "/embeddings", "/models/load", "/models/unload", "/rerank", "/v1/messages",
+        )),
+        ("POST", "/props", 405), ("POST", "/", 405), ("DELETE", "/v1/models", 405),
+    ],
+)  # fmt: skip
+def test_nothing_else_of_the_server_behind_is_reachable(served: Served, method: str, path: str, status: int) -> None:
+    connection = http.client.HTTPConnection(served.url.split("/")[2], timeout=30)
+    connection.putrequest(method, path)  # as it is, without putting it in order
+    connection.putheader("Content-Type", "application/json")
+    connection.putheader("Content-Length", "2" if method == "POST" else "0")
+    connection.endheaders(b"{}" if method == "POST" else None)
+    assert connection.getresponse().status == status
+    connection.close()
+
+
+def test_the_server_behind_answers_nobody_else(served: Served) -> None:
+    (child,) = served.children()
+    (port,) = {c.laddr.port for c in child.net_connections() if c.status == psutil.CONN_LISTEN}
+    for path in ("/v1/models", "/props", "/slots"):
+        assert get(f"http://127.0.0.1:{port}{path}")[0] == 401
+    assert not any("key" in word for word in child.cmdline())
 
 
 def test_a_server_that_dies_is_started_again(served: Served, client: openai.OpenAI) -> None:

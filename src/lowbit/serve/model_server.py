@@ -17,8 +17,10 @@ from typing import Any
 
 from lowbit import console, plan
 from lowbit.checkpoint import resolve
+from lowbit.checkpoint.resolve import is_packaged
 from lowbit.errors import BadFile, BadOption, LowbitError, NotFound
 from lowbit.release import lock as locks
+from lowbit.release.walk import hash_member
 from lowbit.run import _kv_types
 from lowbit.run.llama_server import LlamaServer
 from lowbit.units import format_bytes
@@ -55,7 +57,9 @@ def artifact(model: str | Path) -> Path:
 
     Raises NotFound, BadFile.
     """
-    path = resolve(model)
+    folder = Path(model).expanduser()
+    # A release has several GGUFs, and its lock tells them apart.
+    path = folder if folder.is_dir() and not is_packaged(model) else resolve(model)
     if path.is_file():
         return path
     if (path / locks.LOCK_NAME).is_file():
@@ -199,7 +203,11 @@ def _from_lock(path: Path, lock: locks.Lock, options: ModelOptions) -> ModelOpti
             file = path.parent / member.path
             if not usable or getattr(options, name) is not None:
                 continue
-            if not file.is_file() or file.stat().st_size != member.size:
+            same = file.is_file() and file.stat().st_size == member.size
+            # Model files are not hashed again at every start: `lowbit check` does that.
+            if same and usable and role == "chat_template":
+                same = hash_member(file)[0].sha256 == member.sha256
+            if not same:
                 raise BadFile("not what the lock names", where=file, hint="`lowbit check` says what is out of step")
             changed: Any = {name: file}
             options = replace(options, **changed)
