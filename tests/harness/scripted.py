@@ -42,6 +42,9 @@ class Scripted:
     async def chat(self, body: dict[str, Any], seconds: float) -> dict[str, Any]:
         return completion(self._next(body))
 
+    async def close(self) -> None:
+        pass
+
     async def stream(self, body: dict[str, Any], seconds: float) -> AsyncIterator[dict[str, Any]]:
         whole = completion(self._next(body))
         choice = whole["choices"][0]

@@ -15,7 +15,7 @@ from pydantic import BaseModel, field_validator
 from scripted import Scripted
 
 from lowbit.errors import BadFile, BadOption
-from lowbit.harness import Fallback, Harness, InvalidOutput, Ledger, Price, UpstreamFailed, ask_async
+from lowbit.harness import Fallback, Harness, HttpUpstream, InvalidOutput, Ledger, Price, UpstreamFailed, ask_async
 
 BODY = {
     "messages": [{"role": "user", "content": "Hello"}],
@@ -108,6 +108,43 @@ def test_bad_ledgers_and_prices(tmp_path: Path) -> None:
         Ledger(tmp_path / "new", -1.0)
     with pytest.raises(BadOption):
         Price(prompt=-1, completion=0)
+    for url in ("localhost:99", "ftp://host/v1", ""):
+        with pytest.raises(BadOption):
+            HttpUpstream(url)
+
+
+FREE = {key: value for key, value in BODY.items() if key != "response_format"}
+
+
+def streamed(local: Scripted, fallback: Fallback, **more: Any) -> list[dict[str, Any]]:
+    async def go() -> list[dict[str, Any]]:
+        return [chunk async for chunk in Harness(local, fallbacks=[fallback]).stream({**FREE, **more})]
+
+    return asyncio.run(go())
+
+
+@pytest.mark.parametrize(
+    "local, tries",
+    [
+        (Scripted("", "", ""), 3),
+        (Scripted(UpstreamFailed("gone")), 3),
+        (Scripted(UpstreamFailed("the context is full", status=400, again=False)), 1),
+    ],
+    ids=["empty", "gone", "refused"],
+)
+def test_a_stream_ends_at_the_fallback(local: Scripted, tries: int) -> None:
+    other = Scripted("Hello, Ann.")
+    chunks = streamed(local, Fallback(other))  # type: ignore[arg-type]
+    said = "".join(c["choices"][0]["delta"].get("content") or "" for c in chunks if c["choices"])
+    assert said == "Hello, Ann." and chunks[-1]["lowbit"]["fallback"] == "scripted"
+    assert len(local.sent) == tries and len(other.sent) == 1 and chunks[-1]["lowbit"]["tries"] == tries + 1
+
+
+def test_a_stream_without_retries_goes_to_the_fallback_at_once() -> None:
+    local, other = Scripted(""), Scripted("Hello.")
+    layers = {"lowbit": {"layers": ["guard", "fallback"]}}
+    assert streamed(local, Fallback(other), **layers)[-1]["lowbit"]["fallback"] == "scripted"  # type: ignore[arg-type]
+    assert len(local.sent) == 1
 
 
 class Person(BaseModel):

@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from lowbit.harness import Fallback
 
 
+_OF_FALLBACKS = (
+    "fallback_model", "fallback_price_in", "fallback_price_out", "fallback_prices", "spend_cap", "fallback_log",
+)  # fmt: skip
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="ARTIFACT|MODEL", nargs="?", help="a GGUF, a run folder or a packaged name")
     parser.add_argument("--upstream", metavar="URL", help="instead: an OpenAI-compatible server, up to /v1")
@@ -55,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--fallback-model", metavar="NAME", help="the model's name there")
     group.add_argument("--fallback-price-in", type=float, metavar="USD", help="of a million prompt tokens")
     group.add_argument("--fallback-price-out", type=float, metavar="USD", help="of a million completion tokens")
+    group.add_argument("--fallback-prices", metavar="FILE", help="instead: a dated file of prices, by the model's name")
     group.add_argument("--spend-cap", type=float, metavar="USD", help="what all fallbacks of the ledger may cost")
     group.add_argument("--spend-ledger", metavar="FILE", default="lowbit-spend.sqlite", help="default: %(default)s")
     group.add_argument("--fallback-log", metavar="FILE", help="a JSON line for each use, and why; no text")
@@ -113,20 +119,24 @@ def _key(given: str | None, file: Path | None) -> str | None:
 
 
 def _fallbacks(args: argparse.Namespace) -> tuple[Fallback, ...]:
+    from lowbit import console
     from lowbit.errors import BadOption
-    from lowbit.harness import Fallback, HttpUpstream, Ledger, Price
+    from lowbit.harness import Fallback, HttpUpstream, Ledger, prices
 
-    prices = (args.fallback_price_in, args.fallback_price_out)
     if args.fallback is None:
-        if args.spend_cap is not None or any(price is not None for price in prices):
-            raise BadOption("a price or a cap without a fallback", expected="--fallback URL")
+        given = [name for name in _OF_FALLBACKS if getattr(args, name) is not None]
+        if given:
+            raise BadOption(f"--{given[0].replace('_', '-')} without a fallback", expected="--fallback URL")
         return ()
-    if (prices[0] is None) != (prices[1] is None) or (args.spend_cap is not None and prices[0] is None):
+    price, dated = prices.chosen(
+        args.fallback_price_in, args.fallback_price_out, args.fallback_prices, args.fallback_model
+    )
+    if args.spend_cap is not None and price is None:
         raise BadOption(
-            "the price of the fallback is not whole",
-            expected="--fallback-price-in and --fallback-price-out, which a --spend-cap needs",
+            "a cap without a price", expected="--fallback-price-in and --fallback-price-out, or --fallback-prices"
         )
-    price = Price(prompt=prices[0], completion=prices[1]) if prices[0] is not None else None
+    if dated is not None:
+        console.log(f"Prices of {args.fallback_model} as of {dated}")
     ledger = Ledger(args.spend_ledger, args.spend_cap) if args.spend_cap is not None else None
     upstream = HttpUpstream(args.fallback, key=os.environ.get("LOWBIT_FALLBACK_KEY"), model=args.fallback_model)
     return (Fallback(upstream, price=price, ledger=ledger, log=args.fallback_log),)

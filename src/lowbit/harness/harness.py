@@ -100,10 +100,19 @@ class Harness:
             asked = feedback.without_tools(asked, spent)
         return asked
 
-    async def until_valid(self, asked: Request, trace: Trace, deadline: float) -> Answer:
+    async def until_valid(
+        self,
+        asked: Request,
+        trace: Trace,
+        deadline: float,
+        *,
+        made: int = 0,
+        failed: Problem | UpstreamFailed | None = None,
+    ) -> Answer:
         """Asks the model, and the fallbacks after it, until an answer is valid. deadline: of time.monotonic(), for the
-        model; a fallback has its own time. Raises InvalidOutput, UpstreamFailed."""
-        found = await self._tries(self.upstream, asked, trace, deadline)
+        model; a fallback has its own time. made: tries of the model that there were before, the last of which
+        ``failed``. Raises InvalidOutput, UpstreamFailed."""
+        found = await self._tries(self.upstream, asked, trace, deadline, made, failed)
         for other in self._fallbacks if asked.options.on("fallback") else ():
             if isinstance(found, Answer):
                 break
@@ -117,12 +126,18 @@ class Harness:
         raise InvalidOutput(found, trace) if isinstance(found, Problem) else found
 
     async def _tries(
-        self, upstream: Upstream, asked: Request, trace: Trace, deadline: float
+        self,
+        upstream: Upstream,
+        asked: Request,
+        trace: Trace,
+        deadline: float,
+        made: int = 0,
+        failed: Problem | UpstreamFailed | None = None,
     ) -> Answer | Problem | UpstreamFailed:
         """An answer that is valid, or what the last try had wrong."""
         options = asked.options
-        failed: Problem | UpstreamFailed = Problem(kind="budget", detail="the budget of time or tokens was spent")
-        for left in range(options.tries if options.on("retry") else 1, 0, -1):
+        failed = failed or Problem(kind="budget", detail="the budget of time or tokens was spent")
+        for left in range((options.tries if options.on("retry") else 1) - made, 0, -1):
             seconds = deadline - time.monotonic()
             if seconds <= 0 or self._spent(options, trace):
                 break

@@ -56,16 +56,17 @@ class Stream:
     async def _live(self) -> AsyncIterator[dict[str, Any]]:
         gathered, asked = Gathered(), self._asked
         splitter = Splitter(asked.tools, asked.options.dialect if asked.options.on("rescue") else "")
-        problem = None
+        problem: Problem | None = None
+        failed: Problem | UpstreamFailed | None = None
         self._trace.tries += 1
         try:
             async for chunk in self._flowing(gathered, splitter):
                 yield chunk
         except UpstreamFailed as error:
             self._trace.add("upstream", error.code, error.message)
-            if self._given or not asked.options.on("retry") or not error.again or self._left() < 0.01:
+            if self._given:
                 raise
-            problem = Problem(kind="upstream", detail=error.message)
+            problem, failed = Problem(kind="upstream", detail=error.message), error
         answer = gathered.answer()
         self._trace.used(answer.usage)
         in_text = not answer.calls
@@ -78,11 +79,13 @@ class Stream:
                 yield chunk
             return
         self._trace.add("retry", problem.kind, problem.detail)
-        if not asked.options.on("retry") or (self._given and asked.schema is not None):
+        if self._given and (asked.schema is not None or not asked.options.on("retry")):
             raise InvalidOutput(problem, self._trace)
-        if problem.kind != "upstream":
+        if failed is None:
             self._asked = feedback.after_problem(asked, answer, problem, self._harness.upstream)
-        async for chunk in self._whole():
+        # What is of no use to ask again goes to a fallback at once, where there is one.
+        made = asked.options.tries if isinstance(failed, UpstreamFailed) and not failed.again else 1
+        async for chunk in self._whole(made, failed or problem):
             yield chunk
 
     async def _flowing(self, gathered: Gathered, splitter: Splitter) -> AsyncIterator[dict[str, Any]]:
@@ -109,9 +112,11 @@ class Stream:
                     await stream.aclose()  # type: ignore[attr-defined]
                     return
 
-    async def _whole(self) -> AsyncIterator[dict[str, Any]]:
-        """An answer asked for until it is valid, then given at once."""
-        answer = await self._harness.until_valid(self._asked, self._trace, self._deadline)
+    async def _whole(
+        self, made: int = 0, failed: Problem | UpstreamFailed | None = None
+    ) -> AsyncIterator[dict[str, Any]]:
+        """An answer asked for until it is valid, then given at once. made, failed: see Harness.until_valid."""
+        answer = await self._harness.until_valid(self._asked, self._trace, self._deadline, made=made, failed=failed)
         response = answer.response
         self._id, self._model = self._id or str(response.get("id") or ""), str(response.get("model") or self._model)
         if answer.reasoning:

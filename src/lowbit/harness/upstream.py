@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
+from lowbit.errors import BadOption
 from lowbit.harness.failures import UpstreamFailed
 
 _LONGEST_LINE = 4 << 20  # bytes of one event of a stream
@@ -31,10 +32,12 @@ class Upstream(Protocol):
 class HttpUpstream:
     """url: up to and with /v1. key: sent as a bearer token. model: put into every request, where it is given.
 
-    A context manager; one connection pool for all requests.
+    A context manager; one connection pool for all requests. Raises BadOption where the URL is none.
     """
 
     def __init__(self, url: str, *, key: str | None = None, model: str | None = None, connections: int = 256) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise BadOption("not the URL of a server", found=url[:100], expected="http://HOST:PORT/v1")
         self.url, self.model = url.rstrip("/"), model
         self.name = model or self.url
         self.dialect: str | None = None
