@@ -118,6 +118,21 @@ def test_one_schema_that_a_grammar_cannot_hold_does_not_end_grammars() -> None:
     assert upstream.sent[2]["response_format"] == FORMAT
 
 
+def test_a_stream_whose_schema_is_refused_is_asked_for_in_words() -> None:
+    refusal = UpstreamFailed("Failed to initialize samplers: failed to parse grammar", status=400, again=False)
+    upstream = Scripted(refusal, '{"name": "Ann", "age": 1}')
+    upstream.holds.add("grammar")
+    chunks = streamed(upstream, response_format=FORMAT)
+    assert "Ann" in str(chunks) and chunks[-1]["lowbit"]["tries"] == 2
+    assert "response_format" not in upstream.sent[1] and "JSON Schema" in str(upstream.sent[1]["messages"])
+
+
+def test_half_a_surrogate_pair_can_be_sent() -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "r", "schema": {"type": "object"}}}
+    found = complete(Scripted("{'a': '\\ud800é',}"), response_format=form)
+    assert json.loads(found["choices"][0]["message"]["content"].encode()) == {"a": "\ud800é"}
+
+
 def test_a_server_without_grammar_is_told_in_words() -> None:
     refusal = UpstreamFailed("the model's server answered 400: response_format is unknown", status=400, again=False)
     upstream = Scripted(refusal, '{"name": "Ann", "age": 1}')

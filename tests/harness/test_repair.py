@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from typing import Any
 
 import pytest
@@ -98,6 +99,14 @@ def test_what_json_leaves_open_is_an_error() -> None:
     assert "not JSON" in str(read('{"a": ' + "9" * 5000 + "}", {"type": "object"})[1])
     assert "deep" in str(read("[" * 200 + "]" * 200, {"type": "array"})[1])
     assert read("[" * 200_000, {"type": "array"})[1]
+
+
+def test_long_texts_take_no_long_time() -> None:
+    begun = time.process_time()
+    comments, words = "[" + "/**/" * 10_000 + "1", "w " * 99_999 + "{"
+    for text in ('{"a": "' + "x y " * 10_000 + '",}', "[" * 50_000, '["' * 50_000, comments, words):
+        repair.mended(text)
+    assert time.process_time() - begun < 5
 
 
 @settings(max_examples=300, deadline=None)

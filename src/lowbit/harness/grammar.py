@@ -44,8 +44,7 @@ def _holds_here(node: dict[str, Any]) -> bool:
     """Of one level of a schema: exactly one kind of rule, and only those of its keywords that are enforced."""
     rules = node.keys() - _SAYS_NOTHING
     if "$ref" in rules:
-        plain = re.fullmatch(r"#/(\$defs|definitions)/[^/~%]+", str(node["$ref"]))
-        return rules == {"$ref"} and plain is not None
+        return rules == {"$ref"} and re.fullmatch(r"#/(\$defs|definitions)/[^/~%]+", str(node["$ref"])) is not None
     for key in ("const", "enum"):
         if key in rules:
             values = node["enum"] if key == "enum" else [node["const"]]

@@ -52,7 +52,7 @@ def heal(call: Call, tools: Mapping[str, Tool], trace: Trace, *, mend: bool, cut
     for note in how:
         trace.add("heal", "arguments_healed", f"{call.name}: {note}")
     if how or not call.arguments.strip():
-        call.arguments = json.dumps(value, ensure_ascii=False)
+        call.arguments = repair.dumps(value)
     return None
 
 

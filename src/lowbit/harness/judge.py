@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from lowbit.harness import dialects, guards, healing, structured
+from lowbit.harness import dialects, guards, healing, repair, structured
 from lowbit.harness.answer import Answer, Call, arguments_text, new_id
 from lowbit.harness.failures import Problem
 from lowbit.harness.request import Request
@@ -104,7 +104,7 @@ def _content(answer: Answer, asked: Request, trace: Trace) -> Problem | None:
     if problem is None:
         # Repaired text becomes the JSON that it was taken for; what was JSON stays as the model wrote it.
         if trace.events and trace.events[-1]["layer"] == "repair":
-            answer.content = json.dumps(value, ensure_ascii=False)
+            answer.content = repair.dumps(value)
         return None
     if answer.finish == "length":
         advice = "Answer with the JSON alone, and keep it short."

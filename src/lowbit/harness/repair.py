@@ -17,6 +17,7 @@ _SPACE = re.compile(r"(?:\s|//[^\n]*|/\*.*?\*/)*", re.DOTALL)
 _NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?(?=[\s,\]}/]|$)")
 _LITERAL = re.compile(r"(true|false|null|True|False|None)(?=[\s,\]}/]|$)")
 _NAME = re.compile(r"([A-Za-z_$][\w$-]*)(?=\s*:)")
+_ESCAPE = re.compile(r'\\(?:u[0-9a-fA-F]{4}|["\\/bfnrt])')
 _LITERALS = {"true": True, "True": True, "false": False, "False": False, "null": None, "None": None}
 _QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’"}
 _BEFORE = re.compile(r'[{}\[\]]|"\s*:|[\w"]$')  # no prose in front of a value has these
@@ -53,6 +54,16 @@ def mended(text: str, schema: Any = None) -> tuple[Any, str | None]:
 def loads(text: str) -> Any:
     """json.loads, but for what JSON leaves open: a key twice, NaN, a number beyond float64. Raises ValueError."""
     return json.loads(text, parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_unique)
+
+
+def dumps(value: Any) -> str:
+    """JSON text, readable where it can be sent as it is: half of a surrogate pair stays an escape."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value)
+    return text
 
 
 class TwoKeys(ValueError):
@@ -192,11 +203,12 @@ class _Reader:
         if closing is None:
             raise _Doubt
         pieces, at = [], self.at + 1
+        plain = re.compile(rf"[^\\{closing}]+")
         while (char := self._text[at : at + 1]) != closing:
             if char == "":
                 raise _Doubt
             if char == "\\":
-                escape = re.compile(r'\\(?:u[0-9a-fA-F]{4}|["\\/bfnrt])').match(self._text, at)
+                escape = _ESCAPE.match(self._text, at)
                 if escape is None and self._text[at + 1 : at + 2] == closing == "'":
                     pieces.append("'")
                     at += 2
@@ -206,8 +218,10 @@ class _Reader:
                 pieces.append(escape[0])
                 at = escape.end()
                 continue
-            pieces.append(json.dumps(char)[1:-1])
-            at += 1
+            match = plain.match(self._text, at)
+            assert match is not None
+            pieces.append(json.dumps(match[0])[1:-1])
+            at = match.end()
         if self._text[at - 1] == "\n" and self._text.count("\n", self.at, at) == 1:
             raise _Doubt  # the line may have ended behind the string
         self.at = at + 1

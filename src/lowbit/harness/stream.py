@@ -57,7 +57,7 @@ class Stream:
         gathered, asked = Gathered(), self._asked
         splitter = Splitter(asked.tools, asked.options.dialect if asked.options.on("rescue") else "")
         problem: Problem | None = None
-        failed: Problem | UpstreamFailed | None = None
+        failed: UpstreamFailed | None = None
         self._trace.tries += 1
         try:
             async for chunk in self._flowing(gathered, splitter):
@@ -84,7 +84,10 @@ class Stream:
         if failed is None:
             self._asked = feedback.after_problem(asked, answer, problem, self._harness.upstream)
         # What is of no use to ask again goes to a fallback at once, where there is one.
-        made = asked.options.tries if isinstance(failed, UpstreamFailed) and not failed.again else 1
+        made = 1
+        if failed is not None:
+            again = feedback.after_refusal(asked, failed, self._harness.upstream, self._trace)
+            self._asked, made = (again, 1) if again is not None else (asked, asked.options.tries)
         async for chunk in self._whole(made, failed or problem):
             yield chunk
 
