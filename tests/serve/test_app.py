@@ -70,6 +70,8 @@ def test_a_failure_after_it_is_an_event() -> None:
     [
         ("/chat/completions", {"messages": []}, 400, "invalid_request"),
         ("/chat/completions", [], 400, "invalid_request"),
+        ("/chat/completions", HELLO | {"lowbit": {"dialect": "nobody's"}}, 400, "invalid_request"),
+        ("/chat/completions", HELLO | {"stream": "yes"}, 400, "invalid_request"),
         ("/completions", {"prompt": ""}, 400, "invalid_request"),
         ("/nowhere", {}, 404, "not_found"),
     ],

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowbit.errors import BadOption
+from lowbit.harness import dialects
 
 LAYERS = {
     "escape": "special tokens in the text of users and tools are made plain text",
@@ -52,6 +53,8 @@ class HarnessOptions:
             raise BadOption("impossible seconds", found=repr(self.seconds)[:60], expected="more than 0")
         if unknown := sorted(self.layers - set(LAYERS)):
             raise BadOption("unknown layer", found=unknown[0], expected=", ".join(LAYERS))
+        if self.dialect is not None:
+            dialects.get(self.dialect)
 
     def on(self, layer: str) -> bool:
         return layer in self.layers

@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 import lowbit
+from lowbit.harness import dialects
 from lowbit.harness.options import LAYERS
 from lowbit.harness.request import ROLES
 
@@ -199,7 +200,7 @@ _SCHEMAS: Json = {
             "same_call": _whole(1),
             "max_steps": _whole(0),
             "required": {"type": ["array", "null"], "items": {"type": "string"}},
-            "dialect": {"type": ["string", "null"], "description": "how the model writes tool calls"},
+            "dialect": {"enum": [*dialects.names(), None], "description": "how the model writes tool calls"},
         },
     },
     "Message": {
