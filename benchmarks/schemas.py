@@ -125,12 +125,13 @@ class Schemas:
         return {"const": self.r.choice(("fixed", 7, None, ["a", 1]))}
 
 
-async def outcome(session: aiohttp.ClientSession, url: str, number: int) -> dict[str, Any]:
+async def outcome(session: aiohttp.ClientSession, url: str, number: int, max_tokens: int = 160) -> dict[str, Any]:
     """What came of one schema: "valid", "error" with its code, or "invalid", which must not be."""
     schema = Schemas(number).make()
     body = {
-        "messages": [{"role": "user", "content": "Invent an example record."}], "max_tokens": 160, "temperature": 0.8,
-        "seed": number, "response_format": {"type": "json_schema", "json_schema": {"name": "r", "schema": schema}},
+        "messages": [{"role": "user", "content": "Invent an example record."}], "max_tokens": max_tokens,
+        "temperature": 0.8, "seed": number,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "r", "schema": schema}},
     }  # fmt: skip
     begun = time.monotonic()
     async with session.post(f"{url}/chat/completions", json=body) as response:

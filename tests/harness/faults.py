@@ -168,6 +168,15 @@ def of_the_model() -> Iterator[Fault]:
     yield said(
         "a number as text", calls(call("get_weather", '{"city": "Rome", "days": "3"}')), body=TOOLS, wants="call"
     )
+    yield said("a function_call", {"content": None, "function_call": {"name": "get_weather", "arguments":
+               '{"city": "Rome"}'}}, body=TOOLS, wants="call", source="OpenAI before tool_calls")  # fmt: skip
+    yield said("a function_call of null beside text", {"content": GOOD, "function_call": None}, says=GOOD)
+    yield said("the role of the user", {"role": "user", "content": GOOD}, says=GOOD)
+    yield said("a call without a function", calls({"id": "c", "type": "function"}), calls(ROME), body=TOOLS,
+               wants="call")  # fmt: skip
+    yield said("a refusal and nothing else", {"content": None, "refusal": "no"}, GOOD, says=GOOD)
+    yield said("Gemma 4's thoughts, and a call", {"reasoning_content": "hm", "content":
+               '<|tool_call>call:get_weather{city:<|"|>Rome<|"|>}<tool_call|>'}, body=TOOLS, wants="call")  # fmt: skip
     yield said("a call without id", calls(call("get_weather", '{"city": "Rome"}', None)), body=TOOLS, wants="call")
     yield said("two calls of one id", calls(ROME, call("get_weather", '{"city": "Oslo"}')), body=TOOLS, wants="call")
     yield said("control tokens in the content", "Fine.<|im_end|>", wants="any")
@@ -194,6 +203,15 @@ def of_one_answer() -> Iterator[Fault]:
     for status in ("500 Internal Server Error", "502 Bad Gateway", "503 Service Unavailable", "408 Request Timeout",
                    "429 Too Many Requests"):  # fmt: skip
         yield sent(f"{status} once", Reply((http(b'{"error": {"message": "busy"}}', status=status),)))
+    for after, name in (("0", "no wait"), ("1", "a wait"), ("-5", "a negative wait"), ("soon", "no number"),
+                        ("Wed, 21 Oct 2015 07:28:00 GMT", "a date that is over")):  # fmt: skip
+        yield sent(f"429 with Retry-After, {name}", Reply((http(b"{}", status="429 Too Many Requests",
+                   more=f"Retry-After: {after}\r\n"),)))  # fmt: skip
+    yield sent("429 with a Retry-After beyond the budget", Reply((http(b"{}", status="429 Too Many Requests",
+               more="Retry-After: 3600\r\n"),)), wants="error", says="upstream_failed")  # fmt: skip
+    yield sent("503 with a date far away", Reply((http(b"{}", status="503 Service Unavailable",
+               more="Retry-After: Fri, 01 Jan 2100 00:00:00 GMT\r\n"),)), wants="error",
+               says="upstream_failed")  # fmt: skip
     yield sent("an HTML error page", Reply((http(b"<html>oops</html>", status="502 Bad Gateway", kind="text/html"),)))
     yield sent("an error in a 200", Reply((http(b'{"error": {"message": "out of memory"}}'),)))
     yield sent("an empty body", Reply((http(b""),)))
@@ -242,6 +260,23 @@ def of_a_stream() -> Iterator[Fault]:
     yield flowing("a byte at a time", raw_events(*(bytes([b]) for b in whole)))
     yield flowing("all at once", raw_events(whole))
     yield flowing("CRLF", raw_events(whole.replace(b"\n", b"\r\n")))
+    yield flowing("CR alone", raw_events(whole.replace(b"\n", b"\r")))
+    yield flowing("CR alone, a byte at a time", raw_events(*(bytes([b]) for b in whole.replace(b"\n", b"\r"))))
+    yield flowing("a CRLF between every two bytes", raw_events(*(bytes([b]) for b in whole.replace(b"\n", b"\r\n"))))
+    yield flowing("tool_calls of null, and a number", events(hello[0], delta({"tool_calls": None}), *hello[1:],
+                  delta({"tool_calls": 7}), end))  # fmt: skip
+    roles = [delta({"role": r, "content": c}) for r, c in (("user", "All "), ("tool", "is "), (None, "well."))]
+    yield flowing("another role in every chunk", events(*roles, end))
+    pieces = ({"name": "get_weather", "arguments": ""}, {"arguments": '{"city": '}, {"arguments": '"Rome"}'})
+    yield flowing("a function_call in pieces", events(*[delta({"function_call": p}) for p in pieces],
+                  delta({}, "function_call")), body=TOOLS, wants="call", source="OpenAI before tool_calls")  # fmt: skip
+    yield flowing("thoughts, then text", events(delta({"reasoning_content": "hm"}), *hello, end))
+    yield flowing("thoughts under another name", events(delta({"reasoning": "hm"}), *hello, end), source="vLLM, Ollama")
+    yield flowing(
+        "429 before a stream", Reply((http(b"{}", status="429 Too Many Requests", more="Retry-After: 0\r\n"),))
+    )
+    yield flowing("gzip in a stream that is none", Reply((STREAM_HEAD.replace(b"\r\n\r\n",
+                  b"\r\nContent-Encoding: gzip\r\n\r\n"), chunked(b"not gzip"), END)))  # fmt: skip
     yield flowing("CRLF cut in two", raw_events(*[p for b in whole.replace(b"\n", b"\r\n").split(b"\n")
                   for p in (b + b"\n",) if p != b"\n"]))  # fmt: skip
     yield flowing("no space after data:", raw_events(whole.replace(b"data: ", b"data:")))

@@ -10,6 +10,8 @@ from typing import Any
 
 from lowbit.harness.failures import UpstreamFailed
 
+_WRITTEN_ANEW = ("tool_calls", "function_call", "content", "reasoning_content")  # of a message
+
 
 def new_id() -> str:
     """An id of a tool call."""
@@ -55,7 +57,7 @@ class Answer:
         return cls(
             content=text_of(message.get("content")),
             reasoning=text_of(message.get("reasoning_content") or message.get("reasoning")),
-            calls=[_call(raw) for raw in message.get("tool_calls") or [] if isinstance(raw, dict)],
+            calls=[_call(raw) for raw in _raw_calls(message)],
             finish=str(choice.get("finish_reason") or "stop"),
             message=message,
             choice=choice,
@@ -77,7 +79,7 @@ class Answer:
 
     def as_message(self) -> dict[str, Any]:
         """The assistant's message as OpenAI's form has it."""
-        found = {k: v for k, v in self.message.items() if k not in ("tool_calls", "content", "reasoning_content")}
+        found = {k: v for k, v in self.message.items() if k not in _WRITTEN_ANEW}
         found |= {"role": "assistant", "content": self.content if self.content or not self.calls else None}
         if self.reasoning:
             found["reasoning_content"] = self.reasoning
@@ -135,9 +137,8 @@ class Gathered:
             self.content.append(piece)
         if thought := text_of(delta.get("reasoning_content") or delta.get("reasoning")):
             self.reasoning.append(thought)
-        for position, raw in enumerate(delta.get("tool_calls") or []):
-            if isinstance(raw, dict):
-                self._add_call(raw, position)
+        for position, raw in enumerate(_raw_calls(delta)):
+            self._add_call(raw, position)
         return piece
 
     def _add_call(self, raw: dict[str, Any], position: int) -> None:
@@ -186,6 +187,14 @@ def arguments_text(value: Any) -> str:
     if isinstance(value, str):
         return value
     return "" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _raw_calls(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """The calls of a message or a delta; a function_call, which came before tool_calls, is one."""
+    listed = message.get("tool_calls")
+    found = [raw for raw in listed if isinstance(raw, dict)] if isinstance(listed, list) else []
+    old = message.get("function_call")
+    return found if found or not isinstance(old, dict) else [{"function": old}]
 
 
 def _call(raw: dict[str, Any]) -> Call:

@@ -61,3 +61,4 @@ class UpstreamFailed(HarnessError):
     def __init__(self, message: str, *, status: int = 502, code: str = "upstream_failed", again: bool = True) -> None:
         super().__init__(message, status=status, code=code)
         self.again = again  # whether the same request may succeed if it is sent once more
+        self.after = 0.0  # seconds that the server asks to wait before that

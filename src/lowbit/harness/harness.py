@@ -151,8 +151,11 @@ class Harness:
                 if again is None:
                     return error
                 asked, failed = again, error
+                left_over = max(0.0, deadline - time.monotonic())
+                if error.after > left_over:  # it could only be asked too early
+                    return error
                 if left > 1 and error.again:
-                    await asyncio.sleep(min(0.2 * trace.tries, max(0.0, deadline - time.monotonic())))
+                    await asyncio.sleep(min(max(0.2 * trace.tries, error.after), left_over))
                 continue
             trace.used(answer.usage)
             problem = self.judge(answer, asked, trace)

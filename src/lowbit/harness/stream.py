@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
@@ -87,7 +88,9 @@ class Stream:
         made = 1
         if failed is not None:
             again = feedback.after_refusal(asked, failed, self._harness.upstream, self._trace)
-            self._asked, made = (again, 1) if again is not None else (asked, asked.options.tries)
+            useless = again is None or failed.after > self._left()  # or it could only be asked too early
+            self._asked, made = (again or asked, asked.options.tries if useless else 1)
+            await asyncio.sleep(0 if useless else failed.after)
         async for chunk in self._whole(made, failed or problem):
             yield chunk
 

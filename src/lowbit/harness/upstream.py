@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
+from email.utils import parsedate_to_datetime
 from typing import Any, Protocol
 
 from lowbit.errors import BadOption
@@ -91,7 +93,7 @@ class HttpUpstream:
         async with _Exchange(self._client(), "POST", self.url + path, body, self._headers, seconds) as response:
             if response.status >= 400:
                 raw = await _read(response, _LARGEST)
-                raise self._refused(response.status, _json(raw), raw)
+                raise self._refused(response.status, _json(raw), raw, response.headers.get("Retry-After"))
             finished = False
             async for data in events(response.content):
                 if data == b"[DONE]":
@@ -110,14 +112,14 @@ class HttpUpstream:
         raw = await _read(response, _LARGEST)
         found = _json(raw)
         if response.status >= 400:
-            raise self._refused(response.status, found, raw)
+            raise self._refused(response.status, found, raw, response.headers.get("Retry-After"))
         if not isinstance(found, dict):
             raise UpstreamFailed("the model's server sent no JSON object", code="upstream_malformed")
         if "error" in found and "choices" not in found:
             raise self._refused(502, found, raw)
         return found
 
-    def _refused(self, status: int, found: Any, raw: bytes) -> UpstreamFailed:
+    def _refused(self, status: int, found: Any, raw: bytes, retry_after: str | None = None) -> UpstreamFailed:
         error = found.get("error") if isinstance(found, dict) else None
         message = error.get("message") if isinstance(error, dict) else error
         said = message if isinstance(message, str) else raw[:200].decode("utf-8", "replace")
@@ -128,7 +130,9 @@ class HttpUpstream:
         final = 400 <= status < 500 and status not in (408, 425, 429)
         text = f"the model's server answered {status}: {' '.join(said.split())[:500]}"
         as_it_is = (final and status not in (401, 403)) or status == 429
-        return UpstreamFailed(text, status=status if as_it_is else 502, again=not final)
+        failed = UpstreamFailed(text, status=status if as_it_is else 502, again=not final)
+        failed.after = _seconds(retry_after)
+        return failed
 
     def _body(self, body: dict[str, Any], *, stream: bool) -> dict[str, Any]:
         body = {k: v for k, v in body.items() if k not in ("stream", "stream_options")} | {"stream": stream}
@@ -201,11 +205,14 @@ async def events(content: Any) -> AsyncIterator[bytes]:
     buffer = b""
     async for piece in content.iter_any():
         buffer += piece
+        if b"\r" in buffer:  # a line may end in CR LF, LF or CR; a last CR may be the half of CR LF
+            last = b"\r" if buffer.endswith(b"\r") else b""
+            whole = buffer[:-1] if last else buffer
+            buffer = whole.replace(b"\r\n", b"\n").replace(b"\r", b"\n") + last
         if len(buffer) > _LONGEST_LINE:
             raise UpstreamFailed("the model's server sent an endless line", code="upstream_malformed")
         *lines, buffer = buffer.split(b"\n")
         for line in lines:
-            line = line.rstrip(b"\r")
             if line.startswith(b"data:"):
                 pending.append(line[5:].removeprefix(b" "))
             elif not line and pending:
@@ -232,6 +239,20 @@ def _json(raw: bytes) -> Any:
         return json.loads(raw)
     except (ValueError, RecursionError):
         return None
+
+
+def _seconds(retry_after: str | None) -> float:
+    """What a Retry-After header asks for: seconds, or a date (RFC 9110, 10.2.3); 0 where it asks for nothing."""
+    if retry_after is None:
+        return 0.0
+    try:
+        return max(0.0, float(int(retry_after)))
+    except (ValueError, OverflowError):
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
 
 
 def _finish_of(chunk: dict[str, Any]) -> str | None:
