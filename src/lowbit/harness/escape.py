@@ -8,7 +8,7 @@ the model copies from it is turned back.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 _MARK = "\u200b"
@@ -41,6 +41,20 @@ class Escaper:
     def restore(self, text: str) -> str:
         """What text() did, undone: for what the model copied."""
         return self._back.sub("", text) if _MARK in text else text
+
+    def restorer(self) -> Callable[[str], str]:
+        """restore() for text that comes in pieces, one after the other."""
+        last = ""
+
+        def piece(text: str) -> str:
+            nonlocal last
+            if not text:
+                return ""
+            whole = self.restore(last + text)
+            before, last = len(last), text[-1]
+            return whole[before:]
+
+        return piece
 
     def message(self, message: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
         """A message with the text of users and tools escaped, and how many pieces of text changed."""

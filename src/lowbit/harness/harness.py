@@ -167,10 +167,11 @@ class Harness:
 
     def judge(self, answer: Answer, asked: Request, trace: Trace) -> Problem | None:
         """Mends an answer in place and says what is still wrong with it."""
-        answer.content = self._escaper.restore(answer.content)
-        for call in answer.calls:
-            call.arguments = self._escaper.restore(call.arguments)
-        return judge.judge(answer, asked, trace)
+        return judge.judge(answer, asked, trace, self._escaper.restore)
+
+    def restorer(self) -> Callable[[str], str]:
+        """Escaper.restore for text that comes in pieces."""
+        return self._escaper.restorer()
 
     def bounded(self, asked: Request, trace: Trace) -> Request:
         """The request with max_tokens cut to what the budget still has."""

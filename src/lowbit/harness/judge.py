@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
-from lowbit.harness import dialects, guards, healing, repair, structured
+from lowbit.harness import dialects, guards, healing, repair, structured, thoughts
 from lowbit.harness.answer import Answer, Call, arguments_text, new_id
 from lowbit.harness.failures import Problem
 from lowbit.harness.request import Request
 from lowbit.harness.trace import Trace
 
 
-def judge(answer: Answer, asked: Request, trace: Trace) -> Problem | None:
-    """Mends ``answer`` in place; what is wrong with it all the same, or None."""
+def judge(answer: Answer, asked: Request, trace: Trace, restore: Callable[[str], str] = str) -> Problem | None:
+    """Mends ``answer`` in place; what is wrong with it all the same, or None. restore: turns escaped special tokens
+    back, which is done when calls have been looked for: a page that the model quotes must not become a call."""
     on = asked.options.on
+    if on("rescue") and thoughts.separate(answer):
+        trace.add("rescue", "thoughts_separated", f"{len(answer.reasoning)} characters")
     if asked.forced is not None and not answer.calls:
         _call_under_schema(answer, asked)
     if on("rescue") and asked.tools and not answer.calls:
         rescue(answer, asked, trace)
+    answer.content = restore(answer.content)
+    for call in answer.calls:
+        call.arguments = restore(call.arguments)
     if on("guard") and (found := guards.empty(answer) or guards.repetition(answer.content)):
         return found
     if answer.calls:
@@ -53,7 +60,7 @@ def rescue(answer: Answer, asked: Request, trace: Trace) -> None:
             if parsed.calls:
                 answer.calls = parsed.calls
                 if where == "the text":
-                    answer.content = parsed.content.strip()
+                    answer.content = parsed.content.rstrip()
                 trace.add("rescue", "call_rescued", f"{name}, in {where}: {', '.join(c.name for c in parsed.calls)}")
                 for note in parsed.notes:
                     trace.add("rescue", "call_broken", note)

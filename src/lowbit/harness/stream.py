@@ -12,6 +12,7 @@ from lowbit.harness.answer import Answer, Gathered
 from lowbit.harness.failures import HarnessError, InvalidOutput, Problem, UpstreamFailed
 from lowbit.harness.request import Request
 from lowbit.harness.splitter import Splitter
+from lowbit.harness.thoughts import ThoughtSplitter
 from lowbit.harness.trace import Trace
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ class Stream:
         self._asked = harness.prepare(asked, self._trace)
         self._id, self._model, self._created = "", str(asked.body.get("model") or ""), int(time.time())
         self._given = False  # whether any text went out
+        self._said: list[str] = []  # the text that went out
+        self._restore = harness.restorer()
         self._space = ""  # with which the text begins: given with the first word, if there is one
         self._deadline = time.monotonic() + asked.options.seconds
 
@@ -74,9 +77,12 @@ class Stream:
         problem = problem or self._harness.judge(answer, asked, self._trace)
         # Text that went out cannot be taken back: a cut or repeating one ends as what it is.
         if problem is None or (self._given and not answer.calls and problem.kind in ("repetition", "truncated")):
-            rescued = in_text and bool(answer.calls)
-            space = "" if self._given else self._space
-            for chunk in self._rest(answer, "" if rescued else space + splitter.rest(), problem):
+            if in_text and answer.calls:  # found in the text: what else it holds is still to be said
+                said = "".join(self._said)
+                rest = answer.content[len(said) :] if answer.content.startswith(said) else ""
+            else:
+                rest = ("" if self._given else self._space) + self._restore(splitter.rest())
+            for chunk in self._rest(answer, rest, problem):
                 yield chunk
             return
         self._trace.add("retry", problem.kind, problem.detail)
@@ -98,25 +104,37 @@ class Stream:
         """Chunks as they come, but for calls and what may be the beginning of one."""
         sent = feedback.shaped(self._asked, self._harness.upstream)
         looked = length = thoughts = 0
+        thinking = ThoughtSplitter() if self._asked.options.on("rescue") else None
         stream = self._harness.upstream.stream(self._harness.bounded(sent, self._trace).body, self._left())
         async for chunk in stream:
             self._id = self._id or str(chunk.get("id") or "")
             self._model = str(chunk.get("model") or self._model)
             piece = gathered.add(chunk)
-            for thought in gathered.reasoning[thoughts:]:
+            told, thoughts = thoughts, len(gathered.reasoning)
+            for thought in gathered.reasoning[told:]:
                 yield self._chunk({"reasoning_content": thought})
-            thoughts = len(gathered.reasoning)
-            if text := splitter.feed(piece):
-                self._space += text if not self._given else ""
-                if self._given or self._space.strip():
-                    yield self._text(text if self._given else self._space)
-            length += len(piece)
+            text, thought = thinking.feed(piece) if thinking else (piece, "")
+            for chunk in self._split(splitter, text, thought):
+                yield chunk
+            length += len(piece) + sum(map(len, gathered.reasoning[told:]))
             if length - looked >= _LOOK_EVERY and self._asked.options.on("guard"):
                 looked = length
-                if guards.repetition("".join(gathered.content)):
+                if guards.repetition("".join(gathered.content)) or guards.repetition("".join(gathered.reasoning)):
                     gathered.finish = "length"
                     await stream.aclose()  # type: ignore[attr-defined]
-                    return
+                    break
+        if thinking:
+            for chunk in self._split(splitter, *thinking.rest()):
+                yield chunk
+
+    def _split(self, splitter: Splitter, text: str, thought: str) -> list[dict[str, Any]]:
+        """The chunks of a piece of thought, and of a piece of text so far as it can go out."""
+        chunks = [self._chunk({"reasoning_content": thought})] if thought else []
+        if text := self._restore(splitter.feed(text)):
+            self._space += text if not self._given else ""
+            if self._given or self._space.strip():
+                chunks.append(self._text(text if self._given else self._space))
+        return chunks
 
     async def _whole(
         self, made: int = 0, failed: Problem | UpstreamFailed | None = None
@@ -144,6 +162,7 @@ class Stream:
         # The role goes with the first text: a stream that says nothing can still be asked for again.
         delta = {"content": text} if self._given else {"role": "assistant", "content": text}
         self._given = True
+        self._said.append(text)
         return self._chunk(delta)
 
     def _chunk(self, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:

@@ -31,12 +31,14 @@ def names() -> tuple[str, ...]:
 
 
 def of_template(template: str) -> str | None:
-    """The dialect that a chat template writes calls in; None where it has no tools. It is told by the marks that the
-    template itself spells."""
+    """The dialect that a chat template writes calls in, told by the marks that the template itself spells; of one
+    without tools, the one that its models were taught by prompts, or None."""
     found = [d for d in _dialects().values() if d.marks and all(mark in template for mark in d.marks)]
     if found:
         return max(found, key=lambda d: len("".join(d.marks))).name
-    return "bare_json" if "tools" in template else None
+    if "tools" in template:
+        return "bare_json"
+    return "gemma3" if "<start_of_turn>" in template else None
 
 
 def likely(text: str) -> tuple[str, ...]:

@@ -3,7 +3,9 @@
     call:get_weather{city:<|"|>Rome<|"|>,days:3,units:[<|"|>C<|"|>],at:{lat:1.5}}
 
 Keys are bare words, strings need no escapes because their delimiter is a token that text cannot hold, and everything
-else is as in JSON. Read from the models' chat templates, which write tools, calls and results in this form.
+else is as in JSON. Read from the models' chat templates, which write tools (types in capitals), calls and results
+({value:...}) in this form, from llama.cpp's models/templates/gemma4.jinja, and from vLLM's gemma4_tool_parser.py and
+functiongemma_tool_parser.py; unlike mlx-lm's function_gemma.py, brackets and commas inside strings end nothing.
 """
 
 from __future__ import annotations
@@ -15,12 +17,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from lowbit.harness.answer import Call
+from lowbit.harness.dialects._json import arguments_of, quoted
 from lowbit.harness.dialects.base import Dialect, Parsed
 
 _HEAD = re.compile(r"\s*(?:call:)?\s*([\w.\-/]{1,128})\s*(?=\{)")
 _BARE = re.compile(r"[^,\[\]{}]*")
 _KEY = re.compile(r'\s*"?([^":,{}\[\]]{1,256}?)"?\s*:')
+_MAY_BE = re.compile(r"\s*(?:call:?|cal?|c)?\s*(?:\Z|[\w.\-/]{1,128}\s*(?:\Z|\{))")
 _DEEPEST = 64
+_STRAY = 64  # characters of brackets and white space that may stand between a call and its closing mark
 
 
 class Broken(Exception):
@@ -141,25 +146,30 @@ class GemmaDialect(Dialect):
 
     def parse(self, text: str, tools: Collection[str]) -> Parsed:
         parsed, rest, at = Parsed(content=""), [], 0
+        last = text.rfind(self.end)
         while (begin := text.find(self.begin, at)) >= 0:
             head = _HEAD.match(text, begin + len(self.begin))
-            if head is None:  # the mark in a sentence: no call
+            if head is None or quoted(text, begin):  # the mark in a sentence: no call
                 rest.append(text[at : begin + len(self.begin)])
                 at = begin + len(self.begin)
                 continue
             rest.append(text[at:begin])
-            at = self._one(text, head, parsed)
+            at = self._one(text, head, parsed, last)
         parsed.content = "".join(rest) + text[at:]
         return parsed
 
-    def _one(self, text: str, head: re.Match[str], parsed: Parsed) -> int:
-        """Takes in the call whose name has been read; where the text goes on after it."""
+    def may_be(self, text: str, tools: Collection[str]) -> bool:
+        return _MAY_BE.match(text, len(self.begin)) is not None
+
+    def _one(self, text: str, head: re.Match[str], parsed: Parsed, last: int) -> int:
+        """Takes in the call whose name has been read; where the text goes on after it. last: where the last closing
+        mark of the text is."""
         reader = Reader(text, head.end(), (self.quote, '"'))
         try:
             arguments = reader.value()
             written = json.dumps(arguments, ensure_ascii=False)
         except Broken:
-            end = text.find(self.end, head.end())
+            end = text.find(self.end, head.end()) if head.end() <= last else -1
             stop = len(text) if end < 0 else end
             written = text[head.end() : stop]  # as it is: what is wrong with it is said by who checks arguments
             parsed.notes.append("arguments that end in the middle")
@@ -167,7 +177,7 @@ class GemmaDialect(Dialect):
         parsed.calls.append(Call(name=head[1], arguments=written))
         if text.startswith(self.end, reader.at):
             return reader.at + len(self.end)
-        found = text.find(self.end, reader.at)
+        found = text.find(self.end, reader.at, reader.at + _STRAY + len(self.end))
         if reader.broken or found < 0:
             parsed.notes.append(f"no closing {self.end}")
         return found + len(self.end) if found >= 0 and not text[reader.at : found].strip(" \n}]") else reader.at
@@ -177,18 +187,20 @@ class GemmaDialect(Dialect):
         for tool in tools:
             function = tool["function"]
             body = {key: function[key] for key in ("description", "parameters") if function.get(key)}
+            body = _upper(body)
             listed.append(f"{self.tool[0]}declaration:{function['name']}{self.written(body)}{self.tool[1]}")
         words = "You can call these functions. To call one, write: "
         return words + f"{self.begin}call:name{{key:value}}{self.end}\n" + "\n".join(listed)
 
     def call_text(self, calls: Sequence[Call]) -> str:
-        return "".join(
-            f"{self.begin}call:{call.name}{self.written(json.loads(call.arguments or '{}'))}{self.end}"
-            for call in calls
-        )
+        return "".join(f"{self.begin}call:{call.name}{self._arguments(call)}{self.end}" for call in calls)
+
+    def _arguments(self, call: Call) -> str:
+        values = arguments_of(call)
+        return "{" + call.arguments + "}" if values is None else self.written(values)
 
     def result_text(self, name: str, content: str) -> str:
-        return f"{self.result[0]}response:{name}{self.written({'result': content})}{self.result[1]}"
+        return f"{self.result[0]}response:{name}{self.written({'value': content})}{self.result[1]}"
 
     def written(self, value: Any) -> str:
         """A value in this syntax."""
@@ -199,6 +211,15 @@ class GemmaDialect(Dialect):
         if isinstance(value, str):
             return f"{self.quote}{value}{self.quote}"
         return json.dumps(value)
+
+
+def _upper(schema: Any) -> Any:
+    """A schema with its types in capitals, as these templates write them."""
+    if isinstance(schema, list):
+        return [_upper(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {k: v.upper() if k == "type" and isinstance(v, str) else _upper(v) for k, v in schema.items()}
 
 
 def _escaped(text: str, at: int) -> bool:

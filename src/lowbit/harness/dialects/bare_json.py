@@ -13,11 +13,14 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from lowbit.harness.answer import Call
-from lowbit.harness.dialects._json import calls_of, value_at
+from lowbit.harness.dialects._json import begins, calls_of, value_at
 from lowbit.harness.dialects.base import Dialect, Parsed
 
-_FENCE = re.compile(r"```(?:json|tool_code|tool_call)?[ \t]*\n|```")
+_FENCES = ("```json", "```tool_code", "```tool_call", "```")
 _BETWEEN = re.compile(r"(?:\s|;|,|```)*")
+# What the text of a call begins with; the second group, a fence whose word may not be whole.
+_HEAD = re.compile(r"(```(?:json|tool_code|tool_call)?[ \t]*(?:\n\s*)?)?")
+_CUT_FENCE = re.compile(r"`{1,3}\Z|```(?:j(?:s(?:on?)?)?|t(?:o(?:o(?:l(?:_(?:c(?:o(?:de?)?|a(?:ll?)?)?)?)?)?)?)?)\Z")
 _MOST = 64  # positions at which a value may begin that are looked at
 
 
@@ -35,8 +38,25 @@ class BareJson(Dialect):
                 if at >= len(text):
                     break
             if found and at >= len(text):
-                return Parsed(content=_FENCE.sub("", text[:begin]).rstrip(), calls=found)
+                return Parsed(content=_without_fence(text[:begin].rstrip()), calls=found)
         return Parsed(content=text)
+
+    def may_be(self, text: str, tools: Collection[str]) -> bool:
+        if _CUT_FENCE.match(text):
+            return True
+        at = _HEAD.match(text).end()  # type: ignore[union-attr]
+        while at < len(text):
+            if not begins(text, at):
+                return False
+            read = value_at(text, at)
+            if read is None:
+                return True
+            if calls_of(read[0], tools) is None:
+                return False
+            at = _BETWEEN.match(text, read[1]).end()  # type: ignore[union-attr]
+            if _CUT_FENCE.match(text, at):
+                return True
+        return True
 
     def _begins(self, text: str) -> list[int]:
         """Where lines begin with a bracket."""
@@ -60,6 +80,11 @@ class BareJson(Dialect):
 
     def result_text(self, name: str, content: str) -> str:
         return f"The result of {name}:\n{content}"
+
+
+def _without_fence(text: str) -> str:
+    """The text without the fence that it ends with."""
+    return next((text.removesuffix(fence).rstrip() for fence in _FENCES if text.endswith(fence)), text)
 
 
 DIALECT = BareJson()

@@ -37,6 +37,13 @@ class Dialect(ABC):
         """Every call in a text, whole or broken off. Never raises. tools: the names that there are: a syntax without
         marks of its own (bare JSON) takes nothing for a call that names none of them."""
 
+    def may_be(self, text: str, tools: Collection[str]) -> bool:
+        """Whether a text that begins with one of the marks, or as ``opens`` has it, is or may still become a call.
+
+        False is final: whatever follows, parse() takes nothing for a call that begins here. What is streamed is let
+        through then."""
+        return True
+
     @abstractmethod
     def describe(self, tools: Sequence[dict[str, Any]]) -> str:
         """The tools, in OpenAI's form, as a system message for a chat template that knows none."""

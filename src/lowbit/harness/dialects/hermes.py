@@ -1,4 +1,8 @@
-"""Hermes and Qwen: <tool_call>{"name": ..., "arguments": {...}}</tool_call>."""
+"""Hermes and Qwen: <tool_call>{"name": ..., "arguments": {...}}</tool_call>.
+
+Read from the chat templates of Hermes 2 Pro and Qwen 2.5 and 3, and from vLLM's hermes_tool_parser.py and mlx-lm's
+json_tools.py. Unlike those, a closing mark inside a string of the arguments does not end the call.
+"""
 
 from __future__ import annotations
 
@@ -8,32 +12,63 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from lowbit.harness.answer import Call
-from lowbit.harness.dialects._json import broken_call, call_of, value_at
+from lowbit.harness.dialects._json import begins, broken_call, calls_of, quoted, value_at
 from lowbit.harness.dialects.base import Dialect, Parsed
 
-_CALL = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|(?=<tool_call>)|\Z)", re.DOTALL)
+_BEGIN, _END = "<tool_call>", "</tool_call>"
+_SPACE = re.compile(r"(?:\s|```(?:json)?)*")
+_CLOSING = re.compile(r"[\s}\]]*(</tool_call>)?")
 
 
 class Hermes(Dialect):
     name = "hermes"
-    marks = ("<tool_call>",)
+    marks = (_BEGIN,)
 
     def parse(self, text: str, tools: Collection[str]) -> Parsed:
-        parsed, rest, at = Parsed(content=""), [], 0
-        for match in _CALL.finditer(text):
-            read = value_at(match[1], 0)
-            call = broken_call(match[1]) if read is None else call_of(read[0], ())
-            if call is None:  # the mark in a sentence, or a syntax that another dialect reads
+        parsed, rest, at, after = Parsed(content=""), [], 0, 0
+        last = text.rfind(_END)
+        while (mark := text.find(_BEGIN, after)) >= 0:
+            after = mark + len(_BEGIN)
+            begin = _SPACE.match(text, after).end()  # type: ignore[union-attr]
+            if quoted(text, mark) or not begins(text, begin):  # the mark in a sentence, or another dialect's syntax
                 continue
-            parsed.calls.append(call)
-            rest.append(text[at : match.start()])
-            at = match.end()
-            if read is None:
-                parsed.notes.append("JSON that is broken")
-            if not match[0].endswith("</tool_call>"):
-                parsed.notes.append("no closing </tool_call>")
+            if found := self._one(text, begin, parsed, last):
+                rest.append(text[at:mark])
+                at = after = found
         parsed.content = "".join(rest) + text[at:]
         return parsed
+
+    def _one(self, text: str, begin: int, parsed: Parsed, last: int) -> int | None:
+        """Takes in what stands at ``begin``; where the text goes on after it, None where it is no call. last: where
+        the last closing mark is, so that none is looked for in vain."""
+        read = value_at(text, begin)
+        if read is not None:
+            calls = calls_of(read[0], ())
+            if calls is None:
+                return None
+            closing = _CLOSING.match(text, read[1])
+            if closing is None or closing[1] is None:
+                parsed.notes.append(f"no closing {_END}")
+            parsed.calls += calls
+            return closing.end() if closing and closing[1] else read[1]
+        end = text.find(_BEGIN, begin)
+        end = len(text) if end < 0 else end
+        if begin <= last and (closing_mark := text.find(_END, begin, end)) >= 0:
+            end = closing_mark
+        call = broken_call(text[begin:end])
+        if call is None:
+            return None
+        parsed.calls.append(call)
+        parsed.notes.append("JSON that is broken")
+        if not text.startswith(_END, end):
+            parsed.notes.append(f"no closing {_END}")
+            return end
+        return end + len(_END)
+
+    def may_be(self, text: str, tools: Collection[str]) -> bool:
+        found = _SPACE.match(text, len(_BEGIN))
+        at = found.end() if found else 0
+        return begins(text, at) or "```json".startswith(text[at:])
 
     def describe(self, tools: Sequence[dict[str, Any]]) -> str:
         listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)

@@ -1,46 +1,56 @@
 """Llama 3: {"name": ..., "parameters": {...}}, after <|python_tag|> or alone, several with semicolons between.
 
-Read from the chat templates of Llama 3.1 and 3.2. Without the tag it is bare JSON, which bare_json.py reads.
+Read from the chat templates of Llama 3.1 and 3.2 and vLLM's llama_tool_parser.py, which joins calls with semicolons.
+Without the tag it is bare JSON, which bare_json.py reads; <function=name>{...}</function> is read by qwen_coder.py.
+What else follows the tag is Python for the code interpreter, no call of a function.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
 from lowbit.harness.answer import Call
-from lowbit.harness.dialects._json import broken_call, calls_of, value_at
+from lowbit.harness.dialects._json import begins, broken_call, calls_of, quoted, value_at
 from lowbit.harness.dialects.base import Dialect, Parsed
 
 _TAG = "<|python_tag|>"
+_BETWEEN = re.compile(r"(?:\s|;|,|<\|python_tag\|>)*")
 
 
 class Llama3(Dialect):
     name = "llama3"
     marks = (_TAG,)
-    opens = ("{",)
 
     def parse(self, text: str, tools: Collection[str]) -> Parsed:
-        before, tag, after = text.partition(_TAG)
-        if not tag:
+        at = text.find(_TAG)
+        while at >= 0 and (quoted(text, at) or not begins(text, at + len(_TAG))):
+            at = text.find(_TAG, at + len(_TAG))
+        if at < 0:
             return Parsed(content=text)
-        parsed, at = Parsed(content=before), 0
-        while (begin := after.find("{", at)) >= 0:
-            read = value_at(after, begin)
+        parsed, end = Parsed(content=text[:at]), at + len(_TAG)
+        while begins(text, begin := _BETWEEN.match(text, end).end()) and begin < len(text):  # type: ignore[union-attr]
+            read = value_at(text, begin)
             if read is None:
-                broken = broken_call(after[begin:])
+                broken = broken_call(text[begin:])
                 parsed.calls += [broken] if broken else []
                 parsed.notes.append("JSON that is broken")
+                end = len(text) if broken else end
                 break
             found = calls_of(read[0], ())
             if found is None:
                 break
             parsed.calls += found
-            at = read[1]
+            end = read[1]
         if not parsed.calls:
             return Parsed(content=text)
+        parsed.content += text[end:].lstrip("; \n")
         return parsed
+
+    def may_be(self, text: str, tools: Collection[str]) -> bool:
+        return not text.startswith(_TAG) or begins(text, len(_TAG))
 
     def describe(self, tools: Sequence[dict[str, Any]]) -> str:
         listed = "\n\n".join(json.dumps(tool, indent=4, ensure_ascii=False) for tool in tools)
