@@ -72,7 +72,7 @@ def streamed(text: str, piece: int) -> Any:
 USER = {"role": "user", "content": "Hello"}
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(TEXTS, st.sampled_from([1, 2, 3, 7, 50, 10_000]))
 def test_a_stream_says_what_a_whole_answer_says(text: str, piece: int) -> None:
     assert streamed(text, piece) == whole(text)
@@ -108,7 +108,7 @@ def test_a_call_comes_out_of_no_splitter_before_it_is_told() -> None:
             assert "".join(splitter.feed(c) for c in before + text).strip() == before.strip()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(TEXTS, st.lists(st.integers(1, 9), min_size=1, max_size=9))
 def test_thoughts_are_the_same_however_they_are_cut(text: str, cuts: list[int]) -> None:
     answer = Answer(content=text)

@@ -13,7 +13,7 @@ class Problem:
     """Why an answer cannot be given to the caller.
 
     kind:   a word: empty, truncated, repetition, not_json, schema, unknown_tool, bad_arguments, no_tool_call,
-            identical_call, missing_step, upstream
+            identical_call, ping_pong, missing_step, announced, upstream
     detail: what was wrong
     advice: what to tell the model before it tries again
     """

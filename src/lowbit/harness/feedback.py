@@ -44,6 +44,8 @@ def after_problem(asked: Request, answer: Answer, problem: Problem, upstream: Up
     if problem.kind in ("empty", "repetition"):
         # The same words would lead to the same end; and a text of repetitions shown again is an example to follow.
         return _warmer(asked)
+    if problem.kind == "truncated":
+        asked = _roomier(asked)
     said = answer.content or "\n".join(f"{call.name}({call.arguments})" for call in answer.calls)
     messages = [
         *asked.messages,
@@ -109,6 +111,13 @@ def _forced_by_schema(asked: Request, grammar: bool) -> Request:
 def _told(asked: Request, schema: Any) -> Request:
     words = f"Answer with JSON alone, without any other text. It must follow this JSON Schema:\n{json.dumps(schema)}"
     return asked.changed(messages=with_system(asked.messages, words))
+
+
+def _roomier(asked: Request) -> Request:
+    """Twice the room for an answer that was cut off; the budget of tokens still bounds it."""
+    key = "max_completion_tokens" if "max_completion_tokens" in asked.body else "max_tokens"
+    limit = asked.body.get(key)
+    return asked.changed(**{key: 2 * limit}) if type(limit) is int else asked
 
 
 def _warmer(asked: Request) -> Request:

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lowbit.harness import feedback, guards, judge, request
+from lowbit.harness import feedback, guards, judge, legacy, request
 from lowbit.harness.answer import Answer
 from lowbit.harness.escape import Escaper
 from lowbit.harness.failures import BadRequest, HarnessError, InvalidOutput, Problem, UpstreamFailed
@@ -55,6 +55,8 @@ class Harness:
 
         Raises BadRequest, InvalidOutput where no try gave a valid answer, UpstreamFailed where there is no model.
         """
+        if legacy.spoken(body):
+            return legacy.response(await self.complete(legacy.read(body), check=check))
         asked = replace(request.read(body, self.options), check=check)
         if asked.n == 1:
             return await self._one(asked)
@@ -66,10 +68,15 @@ class Harness:
 
     def stream(self, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """The same as chunks, the last of which carries "lowbit". Raises BadRequest at once."""
-        asked = request.read(body, self.options)
+        old = legacy.spoken(body)
+        asked = request.read(legacy.read(body) if old else body, self.options)
         if asked.n != 1:
             raise BadRequest("n must be 1 in a stream", param="n")
-        return Stream(self, asked).run()
+        return self._in_old_form(asked) if old else Stream(self, asked).run()
+
+    async def _in_old_form(self, asked: Request) -> AsyncIterator[dict[str, Any]]:
+        async for chunk in Stream(self, asked).run():
+            yield legacy.chunk(chunk)
 
     async def _one(self, asked: Request) -> dict[str, Any]:
         trace = Trace()

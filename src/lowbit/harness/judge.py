@@ -35,6 +35,8 @@ def judge(answer: Answer, asked: Request, trace: Trace, restore: Callable[[str],
         return Problem(kind="no_tool_call", detail=f"a call of {wanted} was required and none came", advice=advice)
     if on("guard") and (found := guards.missing_step(answer, asked)):
         return found
+    if on("guard") and asked.options.nudge and (found := guards.announced(answer, asked)):
+        return found
     return _content(answer, asked, trace)
 
 
@@ -77,15 +79,10 @@ def _calls(answer: Answer, asked: Request, trace: Trace) -> Problem | None:
             advice="There are no tools. Answer in words.",
         )
     for call in answer.calls:
-        found = healing.heal(call, asked.tools, trace, mend=on("heal"), cut=answer.finish == "length")
+        cut = answer.finish == "length" and call is answer.calls[-1]
+        found = healing.heal(call, asked.tools, trace, mend=on("heal"), cut=cut)
         if found is not None:
             return found
-    seen: set[str] = set()
-    for call in answer.calls:
-        if call.id in seen:
-            trace.add("heal", "id_replaced", call.name)
-            call.id = new_id()
-        seen.add(call.id)
     if asked.forced and any(call.name != asked.forced for call in answer.calls):
         advice = f"Call {asked.forced} and nothing else."
         return Problem(kind="no_tool_call", detail=f"{asked.forced} was required, another was called", advice=advice)
@@ -95,8 +92,20 @@ def _calls(answer: Answer, asked: Request, trace: Trace) -> Problem | None:
         if not asked.parallel and len(answer.calls) > 1:
             trace.add("guard", "parallel_calls_dropped", ", ".join(call.name for call in answer.calls[1:]))
             answer.calls = answer.calls[:1]
-        return guards.identical_call(answer, asked)
+        if found := guards.identical_call(answer, asked) or guards.ping_pong(answer, asked):
+            return found
+    _unique_ids(answer, asked, trace)
     return None
+
+
+def _unique_ids(answer: Answer, asked: Request, trace: Trace) -> None:
+    """New ids for calls that have one of the same answer or of the history: a result must belong to one call."""
+    seen = {str(made.get("id")) for message in asked.messages for made in message.get("tool_calls") or []}
+    for call in answer.calls:
+        if call.id in seen:
+            trace.add("heal", "id_replaced", call.name)
+            call.id = new_id()
+        seen.add(call.id)
 
 
 def _content(answer: Answer, asked: Request, trace: Trace) -> Problem | None:

@@ -33,6 +33,7 @@ class HarnessOptions:
     max_steps:    rounds of tool calls that a conversation may have; None means any number
     required:     tools that must have been called before a final answer is one
     dialect:      how the model writes tool calls, a name in dialects/; None tries all
+    nudge:        whether an answer that only announces a call ("I will now call ...") counts as a failure
     """
 
     tries: int = 3
@@ -43,6 +44,7 @@ class HarnessOptions:
     max_steps: int | None = None
     required: tuple[str, ...] = ()
     dialect: str | None = None
+    nudge: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("tries", 1), ("token_budget", 1), ("same_call", 1), ("max_steps", 0)):
@@ -71,7 +73,7 @@ class HarnessOptions:
     def read(cls, given: dict[str, Any], base: HarnessOptions) -> HarnessOptions:
         """What a request's own ``"lowbit"`` object changes of ``base``. It can only tighten bounds that cost others:
         tries, tokens and seconds. Raises BadOption."""
-        known = {"tries", "token_budget", "seconds", "layers", "same_call", "max_steps", "required", "dialect"}
+        known = {"tries", "token_budget", "seconds", "layers", "same_call", "max_steps", "required", "dialect", "nudge"}
         if unknown := sorted(set(given) - known):
             raise BadOption("unknown key in lowbit", found=unknown[0][:60], expected=", ".join(sorted(known)))
         values = {name: getattr(base, name) for name in known} | {k: v for k, v in given.items() if v is not None}
@@ -80,6 +82,8 @@ class HarnessOptions:
                 isinstance(item, str) for item in values[name]
             ):
                 raise BadOption(f"impossible {name}", found=repr(values[name])[:60], expected="a list of names")
+        if not isinstance(values["nudge"], bool):
+            raise BadOption("impossible nudge", found=repr(values["nudge"])[:60], expected="true or false")
         if not isinstance(values["dialect"], str | None):
             raise BadOption("impossible dialect", found=repr(values["dialect"])[:60], expected="a name")
         values["layers"], values["required"] = frozenset(values["layers"]), tuple(values["required"])

@@ -97,6 +97,7 @@ def read_options(own: Any, base: HarnessOptions) -> HarnessOptions:
 def _check_messages(messages: Any) -> None:
     if not isinstance(messages, list) or not messages:
         raise BadRequest("messages must be a list with at least one message", param="messages")
+    ids: frozenset[str] = frozenset()
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
         if not isinstance(message, dict) or message.get("role") not in ROLES:
@@ -107,9 +108,22 @@ def _check_messages(messages: Any) -> None:
                 raise BadRequest(f"{where}.content must be text or a list of typed parts", param=where)
         elif content is not None and not isinstance(content, str):
             raise BadRequest(f"{where}.content must be text or a list of typed parts", param=where)
+        ids = _check_result(message, ids, where)
         calls = message.get("tool_calls")
         if calls is not None and (not isinstance(calls, list) or not all(_is_call(call) for call in calls)):
             raise BadRequest(f"{where}.tool_calls must be a list of function calls", param=where)
+
+
+def _check_result(message: dict[str, Any], ids: frozenset[str], where: str) -> frozenset[str]:
+    """Ids of the calls that a result may answer from here on. Raises BadRequest for a result of a call that there is
+    not: a model would be told of something that it never asked for."""
+    calls = message.get("tool_calls")
+    if isinstance(calls, list):
+        ids |= {str(call.get("id")) for call in calls if isinstance(call, dict) and call.get("id") is not None}
+    named = message.get("tool_call_id")
+    if message["role"] == "tool" and named is not None and ids and str(named) not in ids:
+        raise BadRequest(f"{where}.tool_call_id names no call before it: {str(named)[:60]}", param=where)
+    return ids
 
 
 def _is_call(call: Any) -> bool:

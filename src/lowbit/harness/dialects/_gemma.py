@@ -39,7 +39,9 @@ class Reader:
     text: str
     at: int
     quotes: tuple[str, ...]
+    end: str = ""  # the mark that ends the call
     broken: bool = False  # whether something was missing that had to be put up with
+    cut: bool = False  # whether a string had no end
 
     def value(self, depth: int = 0) -> Any:
         """Raises Broken where there is none, or it is nested too deep."""
@@ -61,7 +63,11 @@ class Reader:
         while quote == '"' and end > 0 and _escaped(self.text, end):
             end = self.text.find(quote, end + 1)
         if end < 0:
-            raise Broken  # a string that was cut off: what is missing cannot be known
+            if quote != self.quotes[0] or self.text.find(self.end, begin) >= 0:
+                raise Broken
+            # A string that was cut off: the arguments are written without their end, for healing to judge.
+            self.cut, self.broken, self.at = True, True, len(self.text)
+            return self.text[begin:]
         self.at = end + len(quote)
         inner = self.text[begin:end]
         if quote != '"':
@@ -164,14 +170,19 @@ class GemmaDialect(Dialect):
     def _one(self, text: str, head: re.Match[str], parsed: Parsed, last: int) -> int:
         """Takes in the call whose name has been read; where the text goes on after it. last: where the last closing
         mark of the text is."""
-        reader = Reader(text, head.end(), (self.quote, '"'))
+        reader = Reader(text, head.end(), (self.quote, '"'), self.end)
         try:
             arguments = reader.value()
             written = json.dumps(arguments, ensure_ascii=False)
+            if reader.cut:
+                written = written.rstrip("}]").removesuffix('"')
+                parsed.notes.append("arguments that end in the middle")
+            elif reader.broken and reader.at >= len(text):
+                written = written.rstrip("}]")
         except Broken:
             end = text.find(self.end, head.end()) if head.end() <= last else -1
             stop = len(text) if end < 0 else end
-            written = text[head.end() : stop]  # as it is: what is wrong with it is said by who checks arguments
+            written = "{"  # no object, and not to be closed: what was meant cannot be known
             parsed.notes.append("arguments that end in the middle")
             reader.at = stop
         parsed.calls.append(Call(name=head[1], arguments=written))

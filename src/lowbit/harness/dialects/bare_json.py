@@ -83,8 +83,9 @@ class BareJson(Dialect):
 
 
 def _without_fence(text: str) -> str:
-    """The text without the fence that it ends with."""
-    return next((text.removesuffix(fence).rstrip() for fence in _FENCES if text.endswith(fence)), text)
+    """The text without the fence that is its last line."""
+    before, _, last = text.rpartition("\n")
+    return before.rstrip() if last.strip() in _FENCES else text
 
 
 DIALECT = BareJson()
