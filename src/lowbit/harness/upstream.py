@@ -202,7 +202,7 @@ class _Exchange:
 async def events(content: Any) -> AsyncIterator[bytes]:
     """The data of a stream of server-sent events (HTML Living Standard, 9.2), one event at a time."""
     pending: list[bytes] = []
-    buffer = b""
+    buffer, size = b"", 0
     async for piece in content.iter_any():
         buffer += piece
         if b"\r" in buffer:  # a line may end in CR LF, LF or CR; a last CR may be the half of CR LF
@@ -215,9 +215,12 @@ async def events(content: Any) -> AsyncIterator[bytes]:
         for line in lines:
             if line.startswith(b"data:"):
                 pending.append(line[5:].removeprefix(b" "))
+                size += len(line)
+                if size > _LONGEST_LINE:
+                    raise UpstreamFailed("the model's server sent an endless event", code="upstream_malformed")
             elif not line and pending:
                 yield b"\n".join(pending)
-                pending = []
+                pending, size = [], 0
     if buffer.startswith(b"data:"):
         pending.append(buffer[5:].strip())
     if pending:
