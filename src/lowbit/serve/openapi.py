@@ -201,6 +201,7 @@ _SCHEMAS: Json = {
             "max_steps": _whole(0),
             "required": {"type": ["array", "null"], "items": {"type": "string"}},
             "dialect": {"enum": [*dialects.names(), None], "description": "how the model writes tool calls"},
+            "nudge": {"type": ["boolean", "null"], "description": "an announced call that is not made is a failure"},
         },
     },
     "Message": {
