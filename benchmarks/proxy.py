@@ -77,6 +77,8 @@ async def measure(bare: str, proxied: str, requests: int, rounds: int, n: int, t
         found = np.array(differences)
         low, high = interval(found, np.median)
         print(f"added per request, median: {np.median(found):.2f} ms [{low:.2f}, {high:.2f}], {requests} pairs")
+        for url in (bare, proxied):  # every slot reads the prompt once, which the first round would pay for
+            await streams(session, url, n, 4)
         ratios = []
         for i in range(rounds):
             urls = [bare, proxied] if i % 2 else [proxied, bare]
