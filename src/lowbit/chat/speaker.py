@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from lowbit.harness import Harness, HarnessError, HarnessOptions, HttpUpstream, of_model
+from lowbit.harness import Harness, HarnessError, HarnessOptions, HttpUpstream
 from lowbit.serve import model_server
-from lowbit.serve.model_server import ModelOptions, ModelServer
+from lowbit.serve.model_server import ModelOptions
 
 
 @dataclass
@@ -68,17 +68,10 @@ async def speaker(
         return
     path = model_server.artifact(target)
     settled = model_server.settled(path, options)
-    async with HttpUpstream("http://127.0.0.1:0/v1") as upstream:
-        upstream.holds.add("grammar")
-
-        def moved(url: str) -> None:
-            upstream.url = url
-
-        server = ModelServer(path, settled, moved)
-        upstream.key = server.key
+    upstream, server, special = model_server.prepared(path, settled)
+    async with upstream:
         try:
             await server.start()
-            special = of_model.control_tokens(path)
             yield Speaker(path.name, Harness(upstream, harness, special=special), system=system, request=request)
         finally:
             await server.close()

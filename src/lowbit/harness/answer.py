@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,14 +63,6 @@ class Answer:
             response=response,
         )
 
-    @classmethod
-    def of_chunks(cls, chunks: Iterable[dict[str, Any]]) -> Answer:
-        """Puts a stream's chunks together again."""
-        gathered = Gathered()
-        for chunk in chunks:
-            gathered.add(chunk)
-        return gathered.answer()
-
     @property
     def usage(self) -> dict[str, Any] | None:
         usage = self.response.get("usage")
@@ -90,24 +81,6 @@ class Answer:
     def as_choice(self, index: int = 0) -> dict[str, Any]:
         finish = "tool_calls" if self.calls else self.finish
         return self.choice | {"index": index, "message": self.as_message(), "finish_reason": finish}
-
-    def as_chunks(self, model: str, created: int, id: str) -> Iterator[dict[str, Any]]:
-        """The answer as a stream's chunks, role first, finish_reason last."""
-
-        def chunk(delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
-            choice = {"index": 0, "delta": delta, "finish_reason": finish}
-            return {
-                "id": id, "object": "chat.completion.chunk", "created": created, "model": model, "choices": [choice],
-            }  # fmt: skip
-
-        yield chunk({"role": "assistant", "content": None if self.calls else ""})
-        if self.reasoning:
-            yield chunk({"reasoning_content": self.reasoning})
-        if self.content:
-            yield chunk({"content": self.content})
-        for i, call in enumerate(self.calls):
-            yield chunk({"tool_calls": [{"index": i} | call.as_json()]})
-        yield chunk({}, "tool_calls" if self.calls else self.finish)
 
 
 class Gathered:

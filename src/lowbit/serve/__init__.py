@@ -77,26 +77,13 @@ async def running_model(
     model: str | os.PathLike[str], options: ServeOptions, model_options: ModelOptions | None = None
 ) -> AsyncIterator[str]:
     """A model's server, started for this, and the endpoint in front of it."""
-    from lowbit.harness import of_model
     from lowbit.serve import model_server
     from lowbit.serve.metrics import Metrics
 
     path = model_server.artifact(os.fspath(model))
     settled = model_server.settled(path, model_options or model_server.ModelOptions())
     metrics = Metrics()
-    upstream = HttpUpstream("http://127.0.0.1:0/v1")
-    upstream.name = path.stem
-    upstream.holds.add("grammar")
-    upstream.dialect, has_tools = of_model.told_by_template(path, settled.template)
-    if not has_tools:
-        upstream.refused.add("tools")
-
-    def moved(url: str) -> None:
-        upstream.url = url
-
-    server = model_server.ModelServer(path, settled, moved, page=options.page)
-    upstream.key = server.key
-    special = of_model.control_tokens(path)
+    upstream, server, special = model_server.prepared(path, settled, page=options.page)
     harness = Harness(upstream, options.harness, fallbacks=options.fallbacks, special=special, on_answer=metrics.answer)
     # Who asks before the model is loaded hears so (503), and a port that is taken is found out before the wait.
     async with _listening(harness, upstream, metrics, options, page=options.page) as url:

@@ -19,6 +19,7 @@ from lowbit import console, plan
 from lowbit.checkpoint import resolve
 from lowbit.checkpoint.resolve import is_packaged
 from lowbit.errors import BadFile, BadOption, LowbitError, NotFound
+from lowbit.harness import HttpUpstream, of_model
 from lowbit.release import lock as locks
 from lowbit.release.walk import hash_member
 from lowbit.run import _kv_types
@@ -192,6 +193,24 @@ class ModelServer:
             except LowbitError as error:
                 console.log(f"It does not come up: {error}")
                 return
+
+
+def prepared(path: Path, options: ModelOptions, *, page: bool = False) -> tuple[HttpUpstream, ModelServer, list[str]]:
+    """A server that is not started yet, the upstream that follows its address, and the model's control tokens. What
+    the file says of the model is known to the upstream: its dialect, and whether its template has tools."""
+    upstream = HttpUpstream("http://127.0.0.1:0/v1")
+    upstream.name = path.stem
+    upstream.holds.add("grammar")
+    upstream.dialect, has_tools = of_model.told_by_template(path, options.template)
+    if not has_tools:
+        upstream.refused.add("tools")
+
+    def moved(url: str) -> None:
+        upstream.url = url
+
+    server = ModelServer(path, options, moved, page=page)
+    upstream.key = server.key
+    return upstream, server, of_model.control_tokens(path)
 
 
 def _from_lock(path: Path, lock: locks.Lock, options: ModelOptions) -> ModelOptions:
