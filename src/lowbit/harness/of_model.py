@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lowbit.checkpoint.gguf_file import GgufFile
 from lowbit.harness import dialects
+from lowbit.harness.upstream import HttpUpstream
 
 _CONTROL = 3  # tokenizer.ggml.token_type of a control token
 
@@ -24,3 +25,13 @@ def told_by_template(path: Path, template: Path | None) -> tuple[str | None, boo
     text = template.read_text(encoding="utf-8") if template else GgufFile(path).values.get("tokenizer.chat_template")
     text = text if isinstance(text, str) else ""
     return dialects.of_template(text), "tools" in text
+
+
+def introduce(upstream: HttpUpstream, path: Path, template: Path | None) -> None:
+    """Tells an upstream that is llama.cpp's server with this GGUF what follows from both. template: instead of the
+    file's own."""
+    upstream.name = path.stem
+    upstream.holds.add("grammar")
+    upstream.dialect, has_tools = told_by_template(path, template)
+    if not has_tools:
+        upstream.refused.add("tools")

@@ -199,11 +199,7 @@ def prepared(path: Path, options: ModelOptions, *, page: bool = False) -> tuple[
     """A server that is not started yet, the upstream that follows its address, and the model's control tokens. What
     the file says of the model is known to the upstream: its dialect, and whether its template has tools."""
     upstream = HttpUpstream("http://127.0.0.1:0/v1")
-    upstream.name = path.stem
-    upstream.holds.add("grammar")
-    upstream.dialect, has_tools = of_model.told_by_template(path, options.template)
-    if not has_tools:
-        upstream.refused.add("tools")
+    of_model.introduce(upstream, path, options.template)
 
     def moved(url: str) -> None:
         upstream.url = url

@@ -69,11 +69,7 @@ async def opened(
     console.log(f"Starting llama.cpp's server with {path.name}")
     with LlamaServer(path, context=context * slots, slots=slots, threads=threads) as server:
         async with HttpUpstream(server.url, connections=slots) as upstream:
-            upstream.name = path.stem
-            upstream.holds.add("grammar")
-            upstream.dialect, has_tools = of_model.told_by_template(path, None)
-            if not has_tools:
-                upstream.refused.add("tools")
+            of_model.introduce(upstream, path, None)
             yield ServedModel(upstream, f"{sha256(path)} {server.version} {context}")
 
 
