@@ -17,6 +17,7 @@ EXAMPLES = int(os.environ.get("LOWBIT_FUZZ_EXAMPLES", "15"))  # for each share o
 
 # Hypothesis' own bytes shrink but are full of zeros; a seed's are spread over every decision.
 CASES = st.binary(min_size=8, max_size=80) | st.integers(0, 2**32).map(lambda seed: random.Random(seed).randbytes(80))
+ENOUGH = 500  # cases in which every reader has read one and refused one
 
 
 @pytest.fixture(scope="module")
@@ -41,4 +42,9 @@ def test_a_changed_file_is_read_or_refused(place: Place, reader: str) -> None:
         ends.add(run_case(reader, data, place, memory=True))
 
     check()
-    assert len(ends) > 1, "no change was ever refused, or none was ever read: the cases reach nothing"
+    # Some readers refuse nineteen changes in twenty: thirty cases may well hold no other end.
+    for seed in range(ENOUGH):
+        if "read" in ends and len(ends) > 1:
+            break
+        ends.add(run_case(reader, random.Random(seed).randbytes(80), place, memory=False))
+    assert "read" in ends and len(ends) > 1, f"the cases reach nothing but {sorted(ends)}"
