@@ -18,8 +18,8 @@ import time
 import aiohttp
 import numpy as np
 
+from lowbit import model_server
 from lowbit.run.llama_server import LlamaServer
-from lowbit.serve import model_server
 
 MESSAGES = [{"role": "user", "content": "Say hello in one short sentence."}]
 

@@ -22,8 +22,8 @@ import aiohttp
 from jsonschema import Draft202012Validator
 
 from lowbit.harness import HarnessOptions
+from lowbit.model_server import ModelOptions
 from lowbit.serve import ServeOptions, running_model
-from lowbit.serve.model_server import ModelOptions
 
 WORDS = (
     "name",

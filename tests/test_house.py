@@ -27,6 +27,7 @@ ORDER = (
     ("plan",),
     ("measure",),
     ("release",),
+    ("model_server",),
     ("check",),
     ("imatrix",),
     ("inspect",),

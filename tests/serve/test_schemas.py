@@ -11,8 +11,8 @@ from typing import Any
 import aiohttp
 
 from lowbit.harness import HarnessOptions
+from lowbit.model_server import ModelOptions
 from lowbit.serve import ServeOptions, running_model
-from lowbit.serve.model_server import ModelOptions
 
 _FILE = Path(__file__).parents[2] / "benchmarks" / "schemas.py"
 

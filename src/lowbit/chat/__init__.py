@@ -16,7 +16,7 @@ from lowbit.verbs import make_callable
 
 if TYPE_CHECKING:
     from lowbit.chat.speaker import Speaker, Turn
-    from lowbit.serve.model_server import ModelOptions
+    from lowbit.model_server import ModelOptions
 
 _HELP = "/reset begins anew, /exit ends; so does an empty line"
 
@@ -140,7 +140,7 @@ class _Lines:
 
 
 def _model_options(options: ChatOptions) -> ModelOptions:
-    from lowbit.serve.model_server import ModelOptions
+    from lowbit.model_server import ModelOptions
 
     return ModelOptions(context=options.context, slots=1, threads=options.threads)
 

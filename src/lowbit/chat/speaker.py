@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from lowbit import model_server
 from lowbit.harness import Harness, HarnessError, HarnessOptions, HttpUpstream
-from lowbit.serve import model_server
-from lowbit.serve.model_server import ModelOptions
+from lowbit.model_server import ModelOptions
 
 
 @dataclass

@@ -68,8 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from lowbit.harness import HarnessOptions
+    from lowbit.model_server import ModelOptions
     from lowbit.serve import ServeOptions, serve
-    from lowbit.serve.model_server import ModelOptions
 
     harness = HarnessOptions.without(
         args.without,

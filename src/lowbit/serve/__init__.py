@@ -16,8 +16,8 @@ from lowbit.errors import BadOption, CannotWrite
 from lowbit.harness import Fallback, Harness, HarnessOptions, HttpUpstream
 
 if TYPE_CHECKING:
+    from lowbit.model_server import ModelOptions
     from lowbit.serve.metrics import Metrics
-    from lowbit.serve.model_server import ModelOptions
 
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
@@ -77,7 +77,7 @@ async def running_model(
     model: str | os.PathLike[str], options: ServeOptions, model_options: ModelOptions | None = None
 ) -> AsyncIterator[str]:
     """A model's server, started for this, and the endpoint in front of it."""
-    from lowbit.serve import model_server
+    from lowbit import model_server
     from lowbit.serve.metrics import Metrics
 
     path = model_server.artifact(os.fspath(model))

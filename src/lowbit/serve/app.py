@@ -12,11 +12,11 @@ from typing import Any
 
 from aiohttp import web
 
-from lowbit.harness import BadRequest, Harness, HarnessError, HttpUpstream, text
+from lowbit.harness import BadRequest, Harness, HarnessError, HttpUpstream, text, urls
+from lowbit.harness.responses import Responses
 from lowbit.serve import connections, guard, openapi, sse
 from lowbit.serve.metrics import Metrics
 from lowbit.serve.page import Page
-from lowbit.serve.responses import Responses
 
 log = logging.getLogger("lowbit.serve")
 
@@ -121,7 +121,7 @@ class Service:
         body = await guard.body_of(request, self.limits.body_seconds, log=self.limits.log_bodies)
         if body.get("stream") not in (None, True, False) or type(body.get("stream")) is int:
             raise BadRequest("stream must be true or false", param="stream")
-        guard.refuse_urls(body)
+        urls.refuse(body)
         return body
 
     def _counted(self) -> Any:

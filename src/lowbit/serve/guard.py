@@ -1,4 +1,4 @@
-"""Who may ask, and how much: hosts, keys, sizes, times, and URLs that would make the server fetch something.
+"""Who may ask, and how much: hosts, keys, sizes and times.
 
 A server on loopback is reached by every page that a browser has open. So a request must name a host that is served
 here (else a name that was re-pointed at 127.0.0.1 would do), must not say that it comes from a page of elsewhere, and
@@ -12,7 +12,6 @@ import hmac
 import ipaddress
 import json
 import math
-import re
 from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
@@ -23,18 +22,12 @@ from lowbit.harness import BadRequest, HarnessError
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _OPEN = ("/health", "/openapi.json")  # asked by those who have no key: supervisors, containers, makers of clients
-# What is text to be read, wherever in a message it stands; a URL in it is a word.
-_TEXT = frozenset({
-    "text", "content", "refusal", "arguments", "output", "reasoning", "reasoning_content", "thinking", "summary",
-    "instructions", "type",
-})  # fmt: skip
 PAGE = "page"  # the name of routes that give files of the web page
 _PREFLIGHT = {
     "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
     "Access-Control-Allow-Headers": "*, Authorization",  # the star does not stand for Authorization
     "Access-Control-Max-Age": "600",
 }
-_SCHEME = re.compile(r"\s*[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
 def is_loopback(host: str) -> bool:
@@ -128,41 +121,9 @@ async def body_of(request: web.Request, seconds: float, *, log: bool = False) ->
     return body
 
 
-def refuse_urls(body: dict[str, Any]) -> None:
-    """Images and the like must come inside the request (data:), never from an address that the server would fetch or a
-    file that it would open, in whatever form of OpenAI's, llama-server's, vLLM's or Ollama's they are named.
-
-    Raises BadRequest naming the message.
-    """
-    for name in ("messages", "input", "prompt"):
-        entries = body.get(name)
-        for i, entry in enumerate(entries if isinstance(entries, list) else ()):
-            if _leads_away(entry):
-                message = "a URL in a message must be a data: URL: nothing is fetched for a request"
-                raise BadRequest(message, param=f"{name}[{i}]")
-
-
 def json_response(found: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
     text = json.dumps(found, ensure_ascii=False).encode("utf-8", "replace")
     return web.Response(body=text, status=status, content_type="application/json", headers=headers)
-
-
-def _leads_away(entry: Any) -> bool:
-    """Whether a message names something to be fetched: a URL outside what is text, or anything but data: where a URL
-    belongs. Other text may look like anything: a sound in base64 begins with "//"."""
-    todo: list[tuple[str, Any]] = [("", entry)]
-    while todo:
-        name, value = todo.pop()
-        if isinstance(value, dict):
-            # What an answer quoted is shown to people, and comes back with the conversation.
-            todo.extend((str(key).casefold(), inner) for key, inner in value.items() if key != "annotations")
-        elif isinstance(value, list):
-            todo.extend((name, inner) for inner in value)
-        elif isinstance(value, str) and name and name not in _TEXT:
-            is_place = name.endswith(("url", "uri", "urls", "uris"))
-            if (is_place and not value.startswith("data:")) or _SCHEME.match(value):
-                return True
-    return False
 
 
 def _is_open(request: web.Request, page: bool) -> bool:

@@ -1,4 +1,4 @@
-"""The model's server that ``lowbit serve ARTIFACT`` starts: llama.cpp's, with what belongs to the artifact.
+"""The model's server that serve, chat and batch start: llama.cpp's, with what belongs to the artifact.
 
 What is not said comes from the release set's lock (template, drafter, projector), from the plan (the longest context
 that fits the memory) and from llama-server's own habits (four slots that share one cache).

@@ -13,10 +13,10 @@ import pytest
 import lowbit
 from lowbit.errors import BadFile, NotFound
 from lowbit.harness import of_model
+from lowbit.model_server import ModelOptions, ModelServer, artifact, settled
 from lowbit.release import lock as locks
 from lowbit.release.lock import Lock, Locked
 from lowbit.release.walk import hash_member
-from lowbit.serve.model_server import ModelOptions, ModelServer, artifact, settled
 
 TEMPLATE = "{% for m in messages %}[{{ m['content'] if m['content'] is string else 'parts' }}]{% endfor %}marked"
 ROLES = {"text.gguf": "artifact", "draft.gguf": "drafter", "mmproj.gguf": "projector", "chat.jinja": "chat_template"}
