@@ -30,7 +30,7 @@ BAD = {
     "without a method": (GOOD.replace("    def pack(self, blocks): return None\n", ""), "pack"),
     "without a variable": (GOOD.replace("name, ggml_type", "name, other"), "ggml_type"),
     "a type in words": (GOOD.replace("99", "'q4'"), "ggml_type; expected int or NoneType"),
-    "another name": (GOOD.replace('"mine"', '"yours"'), "name is its file's; found yours; expected mine"),
+    "another name": (GOOD.replace('"mine"', '"yours"'), "its file's; found yours; expected mine"),
     "codes on one side": (GOOD + "\nMine.max_code = 7\n", "run from below to above zero; found 0..7"),
     "codes beyond int8": (GOOD + "\nMine.min_code, Mine.max_code = -8, 255\n", "int8"),
 }
@@ -48,14 +48,14 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fix
 
 def test_a_new_file_is_a_new_grid(package: ModuleType) -> None:
     (Path(package.__path__[0]) / "mine.py").write_text(GOOD)
-    found = grid.discover(package)
+    found = grid.discover(package.__name__)
     assert list(found) == ["mine"]
     assert found["mine"].bits_per_weight == 4
 
 
 def test_a_format_that_gguf_does_not_have(package: ModuleType) -> None:
     (Path(package.__path__[0]) / "mine.py").write_text(GOOD.replace("99", "None"))
-    assert grid.discover(package)["mine"].ggml_type is None
+    assert grid.discover(package.__name__)["mine"].ggml_type is None
 
 
 @pytest.mark.parametrize("fault", BAD)
@@ -63,7 +63,7 @@ def test_a_file_that_misses_its_contract_says_so(package: ModuleType, fault: str
     source, message = BAD[fault]
     (Path(package.__path__[0]) / "mine.py").write_text(source)
     with pytest.raises(BadFile, match=message) as caught:
-        grid.discover(package)
+        grid.discover(package.__name__)
     assert "mine" in str(caught.value.where)
 
 

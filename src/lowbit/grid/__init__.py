@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import pkgutil
-from types import ModuleType
 
+from lowbit import registry
 from lowbit.errors import BadFile, BadOption, Unsupported
 from lowbit.grid._array import check_finite
 from lowbit.grid.base import Array, Blocks, Grid, namespace
@@ -42,35 +40,26 @@ def by_ggml_type(ggml_type: int) -> Grid:
     raise Unsupported("no grid for this ggml type", found=int(ggml_type), expected=expected)
 
 
-def discover(package: ModuleType) -> dict[str, Grid]:
+def discover(package: str) -> dict[str, Grid]:
     """The grids that the files of ``package`` define, by file name. Raises BadFile where one breaks the contract."""
-    found = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "base" and m.name[0] != "_")
-    return {name: _load(f"{package.__name__}.{name}", name) for name in found}
+    found = registry.instances(package, "GRID", Grid)  # type: ignore[type-abstract]
+    for name, grid in found.items():
+        _check(grid, f"{package}.{name}")
+    return found
 
 
 @functools.cache
 def _grids() -> dict[str, Grid]:
-    return discover(importlib.import_module(__name__))
+    return discover(__name__)
 
 
-def _load(module_name: str, name: str) -> Grid:
-    try:
-        module = importlib.import_module(module_name)
-    except TypeError as error:  # the subclass is still abstract: the message names the missing methods
-        raise BadFile("a grid misses part of its contract", where=module_name, found=error) from error
-    where = module.__file__ or module_name
-    grid = getattr(module, "GRID", None)
-    if not isinstance(grid, Grid):
-        raise BadFile("a grid file needs GRID, an instance of lowbit.grid.Grid", where=where, found=type(grid).__name__)
+def _check(grid: Grid, where: str) -> None:
     for variable, kinds in _CLASS_VARIABLES.items():
         if not isinstance(getattr(grid, variable, _MISSING), kinds):
             expected = " or ".join(kind.__name__ for kind in kinds)
             raise BadFile(f"a grid needs the class variable {variable}", where=where, expected=expected)
-    if grid.name != name:
-        raise BadFile("a grid's name is its file's", where=where, found=grid.name, expected=name)
     codes = f"{grid.min_code}..{grid.max_code}"
     if not -128 <= grid.min_code <= 0 <= grid.max_code <= 127:
         raise BadFile("a grid's codes are int8, and zero is among them", where=where, found=codes)
     if grid.has_scales and not grid.min_code < 0 < grid.max_code:
         raise BadFile("codes that are times a scale run from below to above zero", where=where, found=codes)
-    return grid

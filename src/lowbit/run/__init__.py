@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import inspect
 import os
-import pkgutil
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from lowbit.errors import BadFile, BadOption, NotFound, Unsupported
+from lowbit import registry
+from lowbit.errors import BadOption, NotFound, Unsupported
 
 if TYPE_CHECKING:
     from lowbit.run.base import Runtime
@@ -74,9 +72,9 @@ def _first_bytes(target: str | os.PathLike[str]) -> str | None:
 
 def get(name: str) -> type[Runtime]:
     """The runtime of that name, also with - or _ for its other signs. Raises BadOption, which lists the names."""
-    wanted = _file_name(name)
+    wanted = registry.file_name(name)
     for known, runtime in runtimes().items():
-        if _file_name(known) == wanted:
+        if registry.file_name(known) == wanted:
             return runtime
     raise BadOption("no such runtime", found=repr(name), expected="one of " + ", ".join(runtimes()))
 
@@ -84,14 +82,15 @@ def get(name: str) -> type[Runtime]:
 @functools.cache
 def runtimes() -> dict[str, type[Runtime]]:
     """Every runtime by name, installed or not (``Runtime.installed`` tells)."""
-    return discover(importlib.import_module(__name__))
+    return discover(__name__)
 
 
-def discover(package: ModuleType) -> dict[str, type[Runtime]]:
+def discover(package: str) -> dict[str, type[Runtime]]:
     """The runtimes that the files of ``package`` define, by name. Raises BadFile where one breaks the contract."""
-    found = sorted(module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg)
-    loaded = [_load(f"{package.__name__}.{name}", name) for name in found if name != "base" and name[0] != "_"]
-    return {runtime.name: runtime for runtime in loaded}
+    from lowbit.run.base import Runtime
+
+    found = registry.classes(package, "RUNTIME", Runtime)  # type: ignore[type-abstract]
+    return {runtime.name: runtime for runtime in found.values()}
 
 
 def options_of(runtime: type[Runtime]) -> tuple[str, ...]:
@@ -100,25 +99,6 @@ def options_of(runtime: type[Runtime]) -> tuple[str, ...]:
         return tuple(field.name for field in dataclasses.fields(runtime.options_class))
     parameters = inspect.signature(runtime).parameters.values()
     return tuple(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
-
-
-def _load(module_name: str, file_name: str) -> type[Runtime]:
-    from lowbit.run.base import Runtime
-
-    module = importlib.import_module(module_name)
-    where = module.__file__ or module_name
-    runtime = getattr(module, "RUNTIME", None)
-    if not isinstance(runtime, type) or not issubclass(runtime, Runtime):
-        raise BadFile("a runtime's file needs RUNTIME, a subclass of lowbit.run.base.Runtime", where=where)
-    if missing := sorted(runtime.__abstractmethods__):
-        raise BadFile("a runtime misses part of its contract", where=where, found=f"no {', '.join(missing)}")
-    if not isinstance(name := getattr(runtime, "name", None), str) or _file_name(name) != file_name:
-        raise BadFile("a runtime's name is its file's", where=where, found=name, expected=file_name)
-    return runtime
-
-
-def _file_name(name: str) -> str:
-    return name.replace(".", "_").replace("-", "_").lower()
 
 
 def existing(target: str | os.PathLike[str]) -> str | Path:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lowbit.errors import BadOption, BadText, LowbitError, NotFound
-from lowbit.measure.tasks import TaskOptions, checked, kinds, open_tasks, sets
+from lowbit.measure.tasks import TaskOptions, open_tasks, sets
 from lowbit.measure.tasks.base import Task, spread
 from lowbit.measure.tasks.exact_match import graded
 from lowbit.measure.tasks.facts import outcome_of as facts_outcome
@@ -150,23 +150,6 @@ def test_own_sets_are_whole() -> None:
     texts = [option for item in facts.items for option in item.fields["options"] if not item.fields["context"]]
     assert len(set(texts)) == len(texts)
     assert set(sets()) >= {"facts"}
-
-
-def test_a_file_that_misses_the_contract_is_named() -> None:
-    assert {"multiple_choice", "exact_match", "facts"} <= kinds().keys()
-    with pytest.raises(TypeError, match=r"tasks/puzzle\.py has no TASK"):
-        checked("puzzle", None)
-
-    class Puzzle(Task):
-        kind = "riddle"
-        metrics = {}  # noqa: RUF012
-        main = "acc"
-
-    with pytest.raises(TypeError, match="TASK has no open, outcome, suits"):
-        checked("puzzle", Puzzle)
-    whole = kinds()["facts"]
-    with pytest.raises(TypeError, match=r"TASK\.kind is 'facts'"):
-        checked("puzzle", whole)
 
 
 def test_the_key_is_of_everything_that_an_outcome_depends_on(opened: Any) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import pkgutil
 from typing import Any
 
+from lowbit import registry
 from lowbit.checkpoint.families.base import Family
 from lowbit.errors import BadConfig, Unsupported
 
@@ -15,15 +14,7 @@ __all__ = ["Family", "by_arch", "by_config", "names"]
 
 @functools.cache
 def _families() -> dict[str, Family]:
-    found: dict[str, Family] = {}
-    for module_info in pkgutil.iter_modules(__path__):
-        if module_info.name == "base" or module_info.name.startswith("_"):  # what families share
-            continue
-        family = getattr(importlib.import_module(f"{__name__}.{module_info.name}"), "FAMILY", None)
-        if not isinstance(family, Family) or family.name != module_info.name:
-            raise TypeError(f"families/{module_info.name}.py must define FAMILY, a Family of that name")
-        found[family.name] = family
-    return found
+    return registry.instances(__name__, "FAMILY", Family)  # type: ignore[type-abstract]
 
 
 def names() -> tuple[str, ...]:

@@ -4,10 +4,9 @@ of base.Projector."""
 from __future__ import annotations
 
 import functools
-import importlib
-import pkgutil
 from typing import Any
 
+from lowbit import registry
 from lowbit.checkpoint.projectors.base import Projector
 from lowbit.errors import Unsupported
 
@@ -16,12 +15,7 @@ __all__ = ["Projector", "by_config", "names"]
 
 @functools.cache
 def _projectors() -> dict[str, Projector]:
-    modules = [module.name for module in pkgutil.iter_modules(__path__) if module.name not in ("base", "preprocessor")]
-    found = {name: getattr(importlib.import_module(f"{__name__}.{name}"), "PROJECTOR", None) for name in modules}
-    for name, projector in found.items():
-        if not isinstance(projector, Projector) or projector.name != name:
-            raise TypeError(f"projectors/{name}.py must define PROJECTOR, a Projector of that name")
-    return {name: projector for name, projector in found.items() if projector is not None}
+    return registry.instances(__name__, "PROJECTOR", Projector, shared=("preprocessor",))  # type: ignore[type-abstract]
 
 
 def names() -> tuple[str, ...]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import pkgutil
 
+from lowbit import registry
 from lowbit.errors import BadOption
 from lowbit.harness.dialects.base import Dialect
 
@@ -14,15 +13,7 @@ __all__ = ["Dialect", "get", "likely", "names", "of_template"]
 
 @functools.cache
 def _dialects() -> dict[str, Dialect]:
-    found: dict[str, Dialect] = {}
-    for module_info in pkgutil.iter_modules(__path__):
-        if module_info.name == "base" or module_info.name.startswith("_"):  # what dialects share
-            continue
-        dialect = getattr(importlib.import_module(f"{__name__}.{module_info.name}"), "DIALECT", None)
-        if not isinstance(dialect, Dialect) or dialect.name != module_info.name:
-            raise TypeError(f"dialects/{module_info.name}.py must define DIALECT, a Dialect of that name")
-        found[dialect.name] = dialect
-    return found
+    return registry.instances(__name__, "DIALECT", Dialect)  # type: ignore[type-abstract]
 
 
 def names() -> tuple[str, ...]:

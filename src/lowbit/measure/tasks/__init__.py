@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import json
-import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lowbit import console
+from lowbit import console, registry
 from lowbit.errors import NotFound
 from lowbit.measure import opening
 from lowbit.measure.record import Figure
@@ -71,27 +69,8 @@ def model_of(artifact: opening.Artifact, described: Mapping[str, Any], options: 
 
 @functools.cache
 def kinds() -> dict[str, type[Task]]:
-    """Every kind of task, by its own name. Raises TypeError with a sentence for a file that misses the contract."""
-    found = {}
-    for module_info in pkgutil.iter_modules(__path__):
-        name = module_info.name
-        if name.startswith("_") or name == "base":
-            continue
-        found[name] = checked(name, getattr(importlib.import_module(f"{__name__}.{name}"), "TASK", None))
-    return found
-
-
-def checked(name: str, task: Any) -> type[Task]:
-    """A file's TASK. Raises TypeError where it is not a whole kind."""
-    if not (isinstance(task, type) and issubclass(task, Task)):
-        raise TypeError(f"measure/tasks/{name}.py has no TASK that is a subclass of Task")
-    missing = sorted(getattr(task, "__abstractmethods__", ()))
-    missing += [key for key in ("kind", "metrics", "main") if not hasattr(task, key)]
-    if missing:
-        raise TypeError(f"measure/tasks/{name}.py: TASK has no {', '.join(missing)}")
-    if task.kind != name:
-        raise TypeError(f"measure/tasks/{name}.py: TASK.kind is {task.kind!r}, not the file's name")
-    return task
+    """Every kind of task, by its own name. Raises BadFile for a file that misses the contract."""
+    return registry.classes(__name__, "TASK", Task, has=("metrics", "main"), named="kind")  # type: ignore[type-abstract]
 
 
 def sets() -> dict[str, str]:

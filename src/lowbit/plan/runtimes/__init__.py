@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import pkgutil
-import re
 
+from lowbit import registry
 from lowbit.errors import BadOption
 from lowbit.plan.runtimes.base import Runtime
 
@@ -15,20 +13,7 @@ __all__ = ["Runtime", "get", "names"]
 
 @functools.cache
 def _runtimes() -> dict[str, Runtime]:
-    found: dict[str, Runtime] = {}
-    for module_info in pkgutil.iter_modules(__path__):
-        if module_info.name == "base" or module_info.name.startswith("_"):
-            continue
-        runtime = getattr(importlib.import_module(f"{__name__}.{module_info.name}"), "RUNTIME", None)
-        if not isinstance(runtime, Runtime) or _file_name(runtime.name) != module_info.name or not runtime.kv_types:
-            what = "must define RUNTIME, a Runtime with its KV types, whose name is the file's"
-            raise TypeError(f"plan/runtimes/{module_info.name}.py {what}")
-        found[module_info.name] = runtime
-    return found
-
-
-def _file_name(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", name.lower())
+    return registry.instances(__name__, "RUNTIME", Runtime, has=("name", "kv_types"))  # type: ignore[type-abstract]
 
 
 def names() -> tuple[str, ...]:
@@ -38,7 +23,7 @@ def names() -> tuple[str, ...]:
 
 def get(name: str) -> Runtime:
     """The runtime of that name ('llama.cpp', 'llama_cpp'). Raises BadOption, which lists the names, for another."""
-    runtime = _runtimes().get(_file_name(name))
+    runtime = _runtimes().get(registry.file_name(name))
     if runtime is None:
         raise BadOption("no such runtime", found=repr(name)[:40], expected="one of " + ", ".join(names()))
     return runtime

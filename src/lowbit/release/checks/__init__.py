@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import pkgutil
-from types import ModuleType
 
+from lowbit import registry
 from lowbit.errors import BadFile, BadOption
 from lowbit.release.checks.base import Check
 
@@ -16,13 +14,13 @@ __all__ = ["Check", "all_checks", "chosen", "discover"]
 @functools.cache
 def all_checks() -> tuple[Check, ...]:
     """Every check, those that others wait for before them."""
-    return discover(importlib.import_module(__name__))
+    return discover(__name__)
 
 
-def discover(package: ModuleType) -> tuple[Check, ...]:
+def discover(package: str) -> tuple[Check, ...]:
     """The checks that the files of ``package`` define. Raises BadFile where one misses part of its contract."""
-    names = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "base" and m.name[0] != "_")
-    checks = sorted((_load(f"{package.__name__}.{name}", name) for name in names), key=lambda check: check.rank)
+    found = registry.classes(package, "CHECK", Check, has=("question", "rank"))  # type: ignore[type-abstract]
+    checks = sorted((kind() for kind in found.values()), key=lambda check: check.rank)
     seen: set[str] = set()
     for check in checks:
         if late := set(check.after) - seen:
@@ -40,18 +38,3 @@ def chosen(only: tuple[str, ...], skip: tuple[str, ...]) -> frozenset[str]:
             raise BadOption("no such check", found=repr(name), expected="one of " + ", ".join(known))
     wanted = {asked[name] for name in only} or set(known)
     return frozenset(wanted - {asked[name] for name in skip})
-
-
-def _load(module_name: str, file_name: str) -> Check:
-    module = importlib.import_module(module_name)
-    where = module.__file__ or module_name
-    kind = getattr(module, "CHECK", None)
-    if not isinstance(kind, type) or not issubclass(kind, Check):
-        raise BadFile("a check's file needs CHECK, a subclass of checks.base.Check", where=where)
-    missing = sorted(kind.__abstractmethods__) + [k for k in ("question", "rank") if not hasattr(kind, k)]
-    if missing:
-        raise BadFile("a check misses part of its contract", where=where, found=f"no {', '.join(missing)}")
-    name = getattr(kind, "name", None)
-    if name != file_name.replace("_", "-"):
-        raise BadFile("a check's name is its file's", where=where, found=name, expected=file_name.replace("_", "-"))
-    return kind()
