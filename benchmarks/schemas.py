@@ -45,6 +45,9 @@ FORMATS = ("date", "date-time", "email", "uuid", "ipv4", "uri")
 PATTERNS = ("^[a-z]{2,5}$", "^[A-Z]\\d{3}$", "^(yes|no)$", "^\\d{4}-\\d{2}$", "^[^x]+$", "ab+c")
 
 
+_PATIENT = aiohttp.ClientTimeout(total=None)  # the harness has its own limit, and a busy machine is no fault
+
+
 class Schemas:
     """Schema number ``i`` is the same on every run."""
 
@@ -162,7 +165,7 @@ async def run(model: str, out: Path, schemas: int, minutes: float, slots: int) -
         return done
     model_options = ModelOptions(context=1024 * slots, slots=slots, kv_unified=True)
     options = ServeOptions(port=0, harness=HarnessOptions(tries=3, seconds=600))
-    async with running_model(model, options, model_options) as url, aiohttp.ClientSession() as session:
+    async with running_model(model, options, model_options) as url, aiohttp.ClientSession(timeout=_PATIENT) as session:
         with out.open("a", encoding="utf-8") as file:
 
             async def work() -> None:
