@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lowbit import console, plan
+from lowbit import console, memory, plan
 from lowbit.checkpoint import resolve
 from lowbit.checkpoint.resolve import is_packaged
 from lowbit.errors import BadFile, BadOption, LowbitError, NotFound
@@ -97,7 +97,7 @@ def settled(path: Path, options: ModelOptions) -> ModelOptions:
 def fitting(path: Path, options: ModelOptions) -> int:
     """The longest context, of the trained one and its halves, with which the plan leaves a GiB of memory free."""
     types = _kv_types.parse(options.kv_type)
-    free = available_bytes()
+    free = memory.available_bytes()
     with plan.open_model(path) as model:
         asked = plan.PlanOptions(
             slots=options.slots, kv_unified=options.kv_unified, swa_full=options.swa_full, kv_type_k=types.k,
@@ -115,15 +115,6 @@ def fitting(path: Path, options: ModelOptions) -> int:
                 )  # fmt: skip
             total = plan.plan_open(model, replace(asked, context=context)).total_bytes
     return context
-
-
-def available_bytes() -> int | None:
-    """Memory that a new process can have without others being swapped out; None where the system does not say."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return None
 
 
 class ModelServer:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import tempfile
 from importlib import resources
 
+from lowbit import memory
 from lowbit.errors import LowbitError, RuntimeFailed
 from lowbit.release import child, parity, tokenizing
 from lowbit.release.checks.base import Check, Findings, NotApplicable
@@ -19,6 +19,7 @@ _TOKENS = 64
 _CHARACTERS = 2000
 _BYTES_A_WEIGHT = 4
 _COPIES = 2.5  # of the float32 values that are in memory at a time
+_USUAL = 1 << 33  # bytes, where the machine does not say what it has
 _RUNTIMES = {"gguf": ("llama.cpp", "xllamacpp"), "mlx": ("mlx-lm", "mlx-lm")}
 _ADVICE = (
     "The runtime does not compute what this file says: try a newer one, or convert again; `lowbit measure` tells more"
@@ -56,7 +57,8 @@ class Logits(Check):
         for member in artifacts:
             with found.problems_of(member), release.checkpoint(member) as opened:
                 size = opened.n_weights * _BYTES_A_WEIGHT
-                free = min(_free_memory() / _COPIES, shutil.disk_usage(tempfile.gettempdir()).free)
+                room = memory.available_bytes() or memory.total_bytes() or _USUAL
+                free = min(room / _COPIES, shutil.disk_usage(tempfile.gettempdir()).free)
                 if size > free:
                     needs = f"{format_bytes(size * _COPIES)} of memory and {format_bytes(size)} of disk"
                     found.note(f"{member}: not run, its values in float32 need {needs}")
@@ -124,15 +126,6 @@ def _named(member: Member, error: LowbitError) -> str:
     if isinstance(error, RuntimeFailed):
         return f"{member}: {error}"
     return str(error) if str(member) in str(error) else f"{member}: {error}"
-
-
-def _free_memory() -> float:
-    """Bytes that this machine can give; what it has in all where it does not tell."""
-    try:
-        with open("/proc/meminfo") as handle:
-            return next(1024.0 * int(line.split()[1]) for line in handle if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError, IndexError):
-        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) if hasattr(os, "sysconf") else 2.0**33
 
 
 CHECK = Logits
