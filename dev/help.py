@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
 import sys
@@ -22,9 +23,14 @@ def help_of(words: list[str]) -> str:
     return stream.getvalue().strip()
 
 
+def commands(verb: str) -> tuple[str, ...]:
+    """Of a verb that has verbs of its own."""
+    return tuple(getattr(importlib.import_module(f"lowbit.cli.{verb}"), "COMMANDS", ()))
+
+
 def render() -> str:
     parts = ["# The command line", "Made by `python dev/help.py` from the program's own `--help`; do not edit."]
-    for words in ([], *([verb] for verb in VERBS)):
+    for words in ([], *(words for verb in VERBS for words in ([verb], *([verb, inner] for inner in commands(verb))))):
         title = " ".join(["lowbit", *words])
         parts += [f"## {title}", f"```\n{help_of(words)}\n```"]
     return "\n\n".join(parts) + "\n"

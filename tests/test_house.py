@@ -28,6 +28,7 @@ ORDER = (
     ("measure",),
     ("release",),
     ("model_server",),
+    ("batch",),
     ("check",),
     ("imatrix",),
     ("inspect",),

@@ -10,7 +10,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_VERBS = ("ship", "train", "calibrate", "pack", "imatrix", "inspect", "plan", "measure", "check", "report")
+_VERBS = ("ship", "train", "calibrate", "pack", "imatrix", "inspect", "plan", "measure", "check", "report", "batch")
 
 __all__ = ["__version__", *_VERBS]
 

@@ -26,6 +26,7 @@ from lowbit.run import _kv_types
 from lowbit.run.llama_server import LlamaServer
 from lowbit.units import format_bytes
 
+NOWHERE = "http://127.0.0.1:0/v1"  # the address of a server that is not started yet
 _SLOTS = 4  # as llama-server's --parallel auto
 _MARGIN = 1 << 30  # bytes left to others, as llama-server's --fit-target
 _RESTARTS, _WITHIN = 5, 600.0  # so often within so many seconds
@@ -118,19 +119,29 @@ def fitting(path: Path, options: ModelOptions) -> int:
 
 
 class ModelServer:
-    """The server, kept running: started again when its process ends, five times in ten minutes at most.
+    """The server, kept running: started again when its process ends.
 
     on_start: called with its URL, up to and with /v1, each time it answers
     page:     whether it has its web page
+    restarts: at most, in ten minutes
+    given_up: why it is not started again any more, or None
 
     key: what it must be sent, made for it. It listens on this machine, where it would answer every other program and,
     as llama.cpp allows all origins, every page in a browser.
     """
 
     def __init__(
-        self, path: Path, options: ModelOptions, on_start: Callable[[str], Any], *, page: bool = False
+        self,
+        path: Path,
+        options: ModelOptions,
+        on_start: Callable[[str], Any],
+        *,
+        page: bool = False,
+        restarts: int = _RESTARTS,
     ) -> None:
         self._path, self._options, self._on_start, self._page = path, options, on_start, page
+        self._restarts = restarts
+        self.given_up: str | None = None
         self.key = secrets.token_urlsafe(24)
         self._server: LlamaServer | None = None
         self._watch: asyncio.Task[None] | None = None
@@ -176,26 +187,38 @@ class ModelServer:
             self._server = None
             now = time.monotonic()
             self._started = [t for t in self._started if now - t < _WITHIN]
-            if len(self._started) > _RESTARTS:
-                console.log(f"It ended {_RESTARTS} times in {_WITHIN / 60:.0f} minutes; it is not started again")
+            if len(self._started) > self._restarts:
+                self._give_up(f"It ended {self._restarts} times in {_WITHIN / 60:.0f} minutes; it is not started again")
                 return
             try:
                 await self._start()
             except LowbitError as error:
-                console.log(f"It does not come up: {error}")
+                self._give_up(f"It does not come up: {error}")
                 return
 
+    def _give_up(self, why: str) -> None:
+        self.given_up = why
+        console.log(why)
 
-def prepared(path: Path, options: ModelOptions, *, page: bool = False) -> tuple[HttpUpstream, ModelServer, list[str]]:
-    """A server that is not started yet, the upstream that follows its address, and the model's control tokens. What
-    the file says of the model is known to the upstream: its dialect, and whether its template has tools."""
-    upstream = HttpUpstream("http://127.0.0.1:0/v1")
+
+def prepared(
+    path: Path,
+    options: ModelOptions,
+    *,
+    page: bool = False,
+    restarts: int = _RESTARTS,
+    upstream: HttpUpstream | None = None,
+) -> tuple[HttpUpstream, ModelServer, list[str]]:
+    """A server that is not started yet, the upstream that follows its address (the given one, or a new one), and the
+    model's control tokens. What the file says of the model is known to the upstream: its dialect, and whether its
+    template has tools."""
+    upstream = upstream or HttpUpstream(NOWHERE)
     of_model.introduce(upstream, path, options.template)
 
     def moved(url: str) -> None:
         upstream.url = url
 
-    server = ModelServer(path, options, moved, page=page)
+    server = ModelServer(path, options, moved, page=page, restarts=restarts)
     upstream.key = server.key
     return upstream, server, of_model.control_tokens(path)
 

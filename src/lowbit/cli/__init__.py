@@ -30,6 +30,7 @@ VERBS = {
     "measure": "fidelity, speed and memory of packed files in llama.cpp, with intervals",
     "check": "does a release belong together: base, artifacts, tokenizer, template, drafter, projector",
     "serve": "an OpenAI-compatible endpoint that makes a small model reliable",
+    "batch": "thousands of bounded jobs, durable and resumable",
     "report": "make a run folder's report again and print it",
     "chat": "talk to one artifact in the terminal, or to two side by side",
 }
@@ -70,10 +71,11 @@ def build_parser(verb: str | None) -> Parser:
         if name == verb:
             module = importlib.import_module(f"lowbit.cli.{name}")
             sub = verbs.add_parser(name, help=line, description=module.__doc__, allow_abbrev=False)
-            module.add_arguments(sub)
+            inner = module.add_arguments(sub) or ()  # of a verb that has verbs of its own
             sub.set_defaults(run=module.run)
             # After the verb as well, where people type them; SUPPRESS keeps what stood before the verb.
-            _add_global_options(sub, default=argparse.SUPPRESS)
+            for each in (sub, *inner):
+                _add_global_options(each, default=argparse.SUPPRESS)
         else:
             verbs.add_parser(name, help=line, add_help=False)
     return parser
@@ -101,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if debug:
             raise
-        resumable = verb in ("ship", "train") or (verb == "pack" and "--verify" not in words)
+        resumable = verb in ("ship", "train", "batch") or (verb == "pack" and "--verify" not in words)
         resumable |= verb == "measure" and "--json" in words and bool(_JOURNALED & set(words))
         return _fail("interrupted" + ("; the same command goes on from here" if resumable else ""), INTERRUPTED)
     except LowbitError as error:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowbit.cli.training import positive
+from lowbit.cli.model_flags import add_harness, add_server, harness_options, model_options
 
 if TYPE_CHECKING:
     from lowbit.harness import Fallback
@@ -34,26 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cors-origin", metavar="ORIGIN", action="append", default=[],
                         help="web pages of this origin may ask (https://app.example; * is any)")  # fmt: skip
     parser.add_argument("--log-bodies", action="store_true", help="show the bodies of requests on standard error")
-    group = parser.add_argument_group("llama.cpp's server, in llama-server's words")
-    group.add_argument("--ctx", "-c", type=positive, metavar="N", help="tokens of all slots (default: what fits)")
-    group.add_argument("--slots", "--parallel", "-np", type=positive, metavar="N", help="requests at once (default: 4)")
-    group.add_argument("--kv", default="f16", metavar="TYPE", help="KV cache: f16 (default), q8_0, ..., or K:V")
-    group.add_argument("--kv-unified", action=argparse.BooleanOptionalAction, help="one cache for all slots")
-    group.add_argument("--swa-full", action="store_true", help="sliding layers keep all, and prefixes are reused")
-    group.add_argument("--threads", "-t", type=positive, metavar="N", help="CPU threads (default: all it may use)")
-    group.add_argument("--drafter", "-md", type=Path, metavar="FILE", help="a GGUF that guesses ahead")
-    group.add_argument("--mmproj", "-mm", type=Path, metavar="FILE", help="projector for images and sound")
-    group.add_argument("--chat-template", type=Path, metavar="FILE", help="instead of the model's own")
-    group.add_argument("--llama-server", metavar="PATH", help="this binary instead of the installed library's server")
+    group = add_server(parser)
     group.add_argument("--no-ui", "--no-webui", action="store_true", help="without llama-server's web page at /")
-    group = parser.add_argument_group("the harness")
-    group.add_argument("--tries", type=positive, default=3, metavar="N", help="requests for one answer (default: 3)")
-    group.add_argument("--seconds", type=float, default=300.0, metavar="S", help="time for one answer (default: 300)")
-    group.add_argument("--token-budget", type=positive, metavar="N", help="completion tokens of all tries together")
-    group.add_argument("--max-steps", type=positive, metavar="N", help="rounds of tool calls (default: any number)")
-    group.add_argument("--require", metavar="TOOL", action="append", default=[], help="must be called before an answer")
-    group.add_argument("--dialect", metavar="NAME", help="how the model writes tool calls (default: all are tried)")
-    group.add_argument("--without", metavar="LAYER", action="append", default=[], help="switch a layer off")
+    add_harness(parser)
     group = parser.add_argument_group("another model, asked when the tries are spent; off unless named")
     group.add_argument("--fallback", metavar="URL", help="an OpenAI-compatible server, up to /v1; its key comes from "
                        "LOWBIT_FALLBACK_KEY")  # fmt: skip
@@ -67,44 +50,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from lowbit.harness import HarnessOptions
-    from lowbit.model_server import ModelOptions
     from lowbit.serve import ServeOptions, serve
 
-    harness = HarnessOptions.without(
-        args.without,
-        tries=args.tries,
-        seconds=args.seconds,
-        token_budget=args.token_budget,
-        max_steps=args.max_steps,
-        required=tuple(args.require),
-        dialect=args.dialect,
-    )
     options = ServeOptions(
         host=args.host,
         port=args.port,
         key=_key(args.api_key, args.api_key_file),
         upstream_key=os.environ.get("LOWBIT_UPSTREAM_KEY"),
         model=args.upstream_model,
-        harness=harness,
+        harness=harness_options(args),
         log_bodies=args.log_bodies,
         page=not args.no_ui,
         origins=tuple(args.cors_origin),
         fallbacks=_fallbacks(args),
     )
-    model_options = ModelOptions(
-        context=args.ctx,
-        slots=args.slots,
-        kv_type=args.kv,
-        kv_unified=args.kv_unified,
-        swa_full=args.swa_full,
-        threads=args.threads,
-        drafter=args.drafter,
-        mmproj=args.mmproj,
-        template=args.chat_template,
-        llama_server=args.llama_server,
-    )
-    serve(args.model, upstream=args.upstream, options=options, model_options=model_options)
+    serve(args.model, upstream=args.upstream, options=options, model_options=model_options(args))
     return 0
 
 

@@ -62,3 +62,4 @@ class UpstreamFailed(HarnessError):
         super().__init__(message, status=status, code=code)
         self.again = again  # whether the same request may succeed if it is sent once more
         self.after = 0.0  # seconds that the server asks to wait before that
+        self.answered: int | None = None  # the status that the server itself gave

@@ -131,7 +131,7 @@ class HttpUpstream:
         text = f"the model's server answered {status}: {' '.join(said.split())[:500]}"
         as_it_is = (final and status not in (401, 403)) or status == 429
         failed = UpstreamFailed(text, status=status if as_it_is else 502, again=not final)
-        failed.after = _seconds(retry_after)
+        failed.after, failed.answered = _seconds(retry_after), status
         return failed
 
     def _body(self, body: dict[str, Any], *, stream: bool) -> dict[str, Any]:

@@ -1,0 +1,218 @@
+"""Thousands of bounded jobs, durable and resumable: ``lowbit.batch.run("IN.jsonl", "OUT.jsonl", model=...)``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowbit import console, files
+from lowbit.errors import BadFile, BadOption
+from lowbit.units import format_duration
+
+if TYPE_CHECKING:
+    from lowbit.batch.engines import Engine
+    from lowbit.batch.job import Job
+    from lowbit.batch.options import BatchOptions
+    from lowbit.batch.progress import Status
+    from lowbit.batch.runner import Runner, Stop
+    from lowbit.model_server import ModelOptions
+
+Path_ = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ran:
+    """How a run ended. stop: completed, cancelled, budget or asked. signal: that asked for it, or None. status: of the
+    job by then. out, errors: files that were written, None where it is not done."""
+
+    stop: str
+    status: Status
+    signal: int | None = None
+    out: Path | None = None
+    errors: Path | None = None
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + self.signal if self.signal is not None else 0
+
+
+def run(
+    source: Path_,
+    out: Path_ | None = None,
+    *,
+    model: str | None = None,
+    endpoint: str | Sequence[str] | None = None,
+    endpoint_model: str | None = None,
+    engine: str | None = None,
+    options: BatchOptions | None = None,
+    model_options: ModelOptions | None = None,
+    journal: Path_ | None = None,
+) -> Ran:
+    """Runs a batch, or goes on with it, until it is done or told to stop (SIGINT, SIGTERM, pause, cancel).
+
+    source:         IN, OpenAI's Batch JSONL
+    out:            OUT, Batch JSONL or .parquet, written when the batch is done
+    model:          a GGUF, a run folder, a packaged name: llama.cpp's server is started for it
+    endpoint:       or URLs of OpenAI-compatible servers, up to and with /v1; LOWBIT_UPSTREAM_KEY is their key
+    endpoint_model: the model's name there, put into every request
+    engine:         a name of engines.engines(), where another than the default is to do it
+    journal:        the folder for what was done, instead of IN.lowbit-batch
+
+    Raises BadFile, BadOption, NotFound, CannotWrite, RuntimeFailed. Whatever it raises, the same call goes on.
+    """
+    from lowbit.batch.engines import EngineOptions, open_engine
+    from lowbit.batch.job import Job, folder_of, restart, retry_failed
+    from lowbit.batch.options import BatchOptions
+    from lowbit.model_server import ModelOptions
+
+    options = options or BatchOptions()
+    path = Path(source)
+    if not path.is_file():
+        raise BadFile("no such file", where=path, expected="requests, one a line")
+    if out is not None:
+        files.check_writable(out)
+    engine_options = EngineOptions(
+        model=model, endpoints=(endpoint,) if isinstance(endpoint, str) else tuple(endpoint or ()),
+        endpoint_model=endpoint_model, key=os.environ.get("LOWBIT_UPSTREAM_KEY"), slots=options.slots,
+        server=model_options or ModelOptions(), harness=options.harness,
+    )  # fmt: skip
+    answering = open_engine(engine_options, engine)
+    folder = Path(journal) if journal is not None else folder_of(path)
+    if options.restart:
+        restart(path, folder)
+    with Job(path, folder) as job:
+        if out is not None:
+            job.journal.set("out", str(Path(out).absolute()))
+        stop, number = asyncio.run(_run(job, answering, options, retry_failed if options.retry_failed else None))
+        return _ended(job, stop, number, None if out is None else Path(out))
+
+
+def status(source: Path_, *, journal: Path_ | None = None) -> Status:
+    """How far a batch is. Raises NotFound, BadFile."""
+    from lowbit.batch.progress import status as found
+
+    with _existing(source, journal) as job:
+        return found(job)
+
+
+def pause(source: Path_, *, journal: Path_ | None = None) -> Status:
+    """Has the processes at work end what is under way and wait, without a model in memory."""
+    return _told(source, journal, "paused")
+
+
+def resume(source: Path_, *, journal: Path_ | None = None) -> Status:
+    """Has them go on; of a batch that was cancelled, takes up what had not been done."""
+    return _told(source, journal, "running")
+
+
+def cancel(source: Path_, *, journal: Path_ | None = None) -> Status:
+    """Ends a batch: what is not done by now ends as cancelled, and OUT is written."""
+    return _told(source, journal, "cancelled")
+
+
+def results(source: Path_, out: Path_, *, journal: Path_ | None = None) -> int:
+    """Writes what there is so far; how many errors are in it."""
+    from lowbit.batch.results import write
+
+    with _existing(source, journal) as job:
+        return write(job.journal, Path(out), job.journal.get("schema"))
+
+
+@contextlib.contextmanager
+def _existing(source: Path_, journal: Path_ | None) -> Iterator[Job]:
+    from lowbit.batch.job import Job
+
+    with Job.existing(Path(source), None if journal is None else Path(journal)) as job:
+        yield job
+
+
+def _told(source: Path_, journal: Path_ | None, state: str) -> Status:
+    from lowbit.batch.job import take_up
+    from lowbit.batch.progress import status as found
+    from lowbit.batch.results import write
+
+    with _existing(source, journal) as job:
+        before = found(job)
+        if before.state == "completed":
+            raise BadOption("this batch is done", where=source, expected="one that is not")
+        if before.state == "cancelled" and state == "paused":
+            raise BadOption("this batch was cancelled", where=source, hint=f"lowbit batch resume {source}")
+        job.journal.set("state", state)
+        if state == "running" and before.state == "cancelled":
+            take_up(job)
+        if state == "cancelled":
+            job.journal.take_over()
+            job.journal.cancel()
+            out = job.journal.get("out")
+            if out is not None and not before.runners:
+                write(job.journal, Path(out), job.journal.get("schema"))
+        return found(job)
+
+
+async def _run(job: Job, engine: Engine, options: BatchOptions, first: Any) -> tuple[Stop, int | None]:
+    from lowbit.batch.progress import Counter
+    from lowbit.batch.runner import Runner
+
+    again = job.journal.get("settings") is not None
+    job.begin(options.deciding() | await engine.deciding(), strict=options.strict)
+    if first is not None and (count := first(job)):
+        console.log(f"{count:,} items that had failed are asked again")
+    counter = Counter(job.journal)
+    if again and (done := counter.done()):
+        console.log(f"{done:,} of {counter.total:,} items are done; going on")
+    with console.progress("batch", counter.total, unit="items") as bar:
+
+        def tick() -> None:
+            done = counter.done()
+            speed, left = counter.note(done)
+            said = f"{done:,} of {counter.total:,}"
+            bar.update(done, said if speed is None else f"{said}, {speed:.3g}/s, {format_duration(left or 0)} left")
+
+        runner = Runner(job, engine, options, on_tick=tick)
+        with _signals(runner) as caught:
+            stop = await runner.run()
+        tick()
+    return stop, caught[0] if caught else None
+
+
+@contextlib.contextmanager
+def _signals(runner: Runner) -> Iterator[list[int]]:
+    """SIGINT and SIGTERM ask the runner to stop; a second one ends the process as if there were no handler."""
+    loop, caught = asyncio.get_running_loop(), list[int]()
+
+    def asked(number: int) -> None:
+        caught.append(number)
+        console.log("Stopping; what is under way has a few seconds. Once more ends at once")
+        runner.stop()
+        for each in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(each)
+
+    installed = False
+    with contextlib.suppress(NotImplementedError, ValueError, RuntimeError):  # Windows; not the main thread
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, asked, number)
+        installed = True
+    try:
+        yield caught
+    finally:
+        if installed:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+
+
+def _ended(job: Job, stop: Stop, number: int | None, out: Path | None) -> Ran:
+    from lowbit.batch.progress import status as found
+    from lowbit.batch.results import errors_path, write
+    from lowbit.batch.runner import Stop
+
+    now = found(job)
+    if stop in (Stop.COMPLETED, Stop.CANCELLED) and out is not None:
+        count = write(job.journal, out, job.journal.get("schema"))
+        return Ran(stop=stop.value, status=now, out=out, errors=errors_path(out) if count else None)
+    return Ran(stop=stop.value, status=now, signal=number)

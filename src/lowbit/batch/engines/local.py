@@ -1,0 +1,89 @@
+"""A model on this machine: llama.cpp's server, started for the batch, and started again when a request kills it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from lowbit import console, model_server
+from lowbit.batch.engines.base import Caller, CarefulUpstream, Engine, EngineOptions, NotReached
+from lowbit.batch.items import Item
+from lowbit.errors import BadOption
+from lowbit.harness import Harness
+from lowbit.model_server import ModelServer
+from lowbit.units import MIB
+
+_SLOTS = 4
+
+
+class Local(Engine):
+    name: ClassVar[str] = "local"
+
+    def __init__(self, options: EngineOptions) -> None:
+        super().__init__(options)
+        if options.model is None or options.endpoints:
+            raise BadOption("which model?", expected="--model MODEL")
+        self._path = model_server.artifact(options.model)
+        self.slots = options.slots or options.server.slots or _SLOTS
+        self._caller: Caller | None = None
+        self._server: ModelServer | None = None
+
+    @classmethod
+    def suits(cls, options: EngineOptions) -> bool:
+        return options.model is not None and not options.endpoints
+
+    async def deciding(self) -> dict[str, Any]:
+        server = self.options.server
+        named = {"chat_template": server.template, "mmproj": server.mmproj}
+        files = {name: _identity(path) for name, path in named.items() if path is not None}
+        return {"model": _identity(self._path), "kv": server.kv_type, **files}
+
+    async def __aenter__(self) -> Self:
+        settled = model_server.settled(self._path, replace(self.options.server, slots=self.slots))
+        # What a request does to the server is counted by the runner, for each item.
+        upstream = CarefulUpstream(model_server.NOWHERE)
+        _, server, special = model_server.prepared(self._path, settled, restarts=1 << 30, upstream=upstream)
+        console.log(f"Loading {self._path.name} with a context of {settled.context:,} for {settled.slots} slots ...")
+        harness = Harness(upstream, self.options.harness, special=special)
+        self._caller, self._server = Caller(upstream, harness, here=True), server
+        try:
+            await server.start()
+        except BaseException:
+            await self.__aexit__()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._server is not None:
+            await self._server.close()
+        if self._caller is not None:
+            await self._caller.upstream.close()
+        self._server = self._caller = None
+
+    async def ask(self, item: Item) -> dict[str, Any]:
+        caller, server = self._caller, self._server
+        assert caller is not None and server is not None
+        if server.given_up is not None:
+            raise NotReached(server.given_up, final=True)
+        return await caller.ask(item)
+
+    async def ready(self) -> bool:
+        assert self._caller is not None and self._server is not None
+        if self._server.given_up is not None:
+            return True  # ask() says why
+        return await self._caller.ready()
+
+
+def _identity(path: Path) -> str:
+    """A file's name, size and the hash of its ends: a model of many GB is not read at every start."""
+    size, digest = path.stat().st_size, hashlib.sha256()
+    with open(path, "rb") as handle:
+        digest.update(handle.read(MIB))
+        handle.seek(max(0, size - MIB))
+        digest.update(handle.read(MIB))
+    return f"{path.name}, {size} bytes, {digest.hexdigest()[:12]}"
+
+
+ENGINE = Local
