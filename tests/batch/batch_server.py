@@ -1,7 +1,7 @@
 """An OpenAI-compatible server whose answers depend on the request alone, for what is about the batch and not the model.
 
 The first words of the user's say what it does: "crash" ends its process, "hang" never answers, "status 500" answers so,
-"bad json" breaks the schema, "slow 0.1" takes so long. In a process of its own: ``python batch_server.py PORT LOG``, which
+"bad json" breaks the schema, "slow 0.1" takes so long. In a process of its own, ``python batch_server.py PORT LOG``, it
 writes a line for each answer that it sent.
 """
 
