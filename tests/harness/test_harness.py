@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 from scripted import Scripted, call
 
-from lowbit.harness import BadRequest, Harness, HarnessError, HarnessOptions, InvalidOutput, UpstreamFailed
+from lowbit.harness import (
+    BadRequest,
+    Harness,
+    HarnessError,
+    HarnessOptions,
+    HttpUpstream,
+    InvalidOutput,
+    UpstreamFailed,
+)
+from lowbit.harness.structured import Schema
 
 USER = [{"role": "user", "content": "Hello"}]
 PERSON = {
@@ -423,3 +432,16 @@ def test_layers_can_be_off() -> None:
     upstream = Scripted("")
     assert complete(upstream, options=bare)["choices"][0]["message"]["content"] == ""
     assert len(upstream.sent) == 1
+
+
+def test_a_url_is_named_without_its_password() -> None:
+    assert HttpUpstream("http://me:secret@127.0.0.1:9/v1").name == "http://127.0.0.1:9/v1"
+    assert HttpUpstream("http://127.0.0.1:9/v1/a@b").name == "http://127.0.0.1:9/v1/a@b"
+
+
+def test_a_schema_is_checked_once_and_its_mistake_is_told_each_time() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    assert Schema.read(schema, "here") is Schema.read(json.loads(json.dumps(schema)), "here")
+    for _ in range(2):
+        with pytest.raises(BadRequest, match="here is no JSON Schema"):
+            Schema.read({"type": "strange"}, "here")

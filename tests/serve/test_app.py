@@ -53,6 +53,19 @@ def test_a_failure_before_the_first_chunk_has_its_status() -> None:
     assert status == 422 and found["error"]["code"] == "output_not_json" and found["lowbit"]["tries"] == 3
 
 
+class Busy(Scripted):
+    async def chat(self, body: dict[str, Any], seconds: float) -> dict[str, Any]:
+        raise web.HTTPTooManyRequests(headers={"Retry-After": "3600"})
+
+
+def test_how_long_to_wait_is_passed_on() -> None:
+    async def asking(endpoint: Endpoint) -> tuple[int, str | None]:
+        async with endpoint.session.post(f"{endpoint.url}/chat/completions", json=HELLO) as response:
+            return response.status, response.headers.get("Retry-After")
+
+    assert ask(Busy(), asking) == (429, "3600")
+
+
 def test_a_failure_after_it_is_an_event() -> None:
     class Breaks(Scripted):
         async def stream(self, body: dict[str, Any], seconds: float) -> Any:

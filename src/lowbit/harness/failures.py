@@ -29,6 +29,7 @@ class HarnessError(Exception):
     def __init__(self, message: str, *, status: int, code: str, param: str | None = None, trace: Trace | None = None):
         super().__init__(message)
         self.message, self.status, self.code, self.param, self.trace = message, status, code, param, trace
+        self.after = 0.0  # seconds that whoever refused asks to wait
 
     def as_json(self) -> dict[str, Any]:
         """OpenAI's form: {"error": {"message", "type", "param", "code"}}, and "lowbit" where something was tried."""
@@ -61,5 +62,4 @@ class UpstreamFailed(HarnessError):
     def __init__(self, message: str, *, status: int = 502, code: str = "upstream_failed", again: bool = True) -> None:
         super().__init__(message, status=status, code=code)
         self.again = again  # whether the same request may succeed if it is sent once more
-        self.after = 0.0  # seconds that the server asks to wait before that
         self.answered: int | None = None  # the status that the server itself gave

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import time
@@ -42,7 +43,9 @@ class Fallback:
         """As HttpUpstream.chat; raises UpstreamFailed with status 402 where the cap would be passed."""
         body = _limited(body)
         worst = self._worst(body)
-        number = self._ledger.set_aside(self.name, worst) if self._ledger is not None else 0
+        number = 0
+        if self._ledger is not None:  # in a thread: another process may hold the file
+            number = await asyncio.to_thread(self._ledger.set_aside, self.name, worst)
         # What a request that failed cost is not known: it stays booked at its worst.
         tokens, cost, outcome = None, worst, "failed"
         try:
@@ -59,6 +62,7 @@ class Fallback:
             raise
         finally:
             if self._ledger is not None:
+                # Not in a thread: where the request is cancelled, nothing more can be waited for.
                 self._ledger.book(number, cost)
             self._write(tokens, cost, outcome)
 

@@ -15,6 +15,7 @@ from lowbit.harness.trace import Trace
 
 _DEEPEST = 64  # nesting of a schema or a value; Python's own limit is near 1,000 frames
 _LARGEST = 1 << 20  # characters of a schema
+_KEPT = 1 << 16  # characters of one that is remembered: a batch has the same for every item
 
 
 @dataclass(frozen=True)
@@ -26,23 +27,15 @@ class Schema:
     @classmethod
     def read(cls, raw: Any, where: str) -> Schema:
         """Raises BadRequest where it is no schema, or one that reaches outside itself."""
-        from jsonschema.exceptions import SchemaError
-        from jsonschema.validators import validator_for
-
         if not isinstance(raw, dict | bool):
             raise BadRequest(f"{where} must be a JSON Schema, an object", param=where)
         try:
-            if len(json.dumps(raw)) > _LARGEST or depth(raw) > _DEEPEST:
+            text = json.dumps(raw)
+            if len(text) > _LARGEST or depth(raw) > _DEEPEST:
                 raise BadRequest(f"{where} is too large or too deep", param=where)
-            validator_for(raw, default=_default()).check_schema(raw)
-        except SchemaError as error:
-            raise BadRequest(f"{where} is no JSON Schema: {error.message[:200]}", param=where) from None
         except (RecursionError, TypeError, ValueError) as error:
             raise BadRequest(f"{where} is no JSON Schema: {str(error)[:200]}", param=where) from None
-        for reference in _references(raw):
-            if not reference.startswith("#"):
-                raise BadRequest(f"{where} refers to something outside it: {reference[:100]}", param=where)
-        return cls(raw)
+        return _read(text, where) if len(text) <= _KEPT else _read.__wrapped__(text, where)
 
     @functools.cached_property
     def whole_in_grammar(self) -> bool:
@@ -115,6 +108,24 @@ def depth(value: Any) -> int:
         if deepest > 10_000:
             break
     return deepest
+
+
+@functools.lru_cache(maxsize=64)
+def _read(text: str, where: str) -> Schema:
+    from jsonschema.exceptions import SchemaError
+    from jsonschema.validators import validator_for
+
+    raw = json.loads(text)
+    try:
+        validator_for(raw, default=_default()).check_schema(raw)
+    except SchemaError as error:
+        raise BadRequest(f"{where} is no JSON Schema: {error.message[:200]}", param=where) from None
+    except (RecursionError, TypeError, ValueError) as error:
+        raise BadRequest(f"{where} is no JSON Schema: {str(error)[:200]}", param=where) from None
+    for reference in _references(raw):
+        if not reference.startswith("#"):
+            raise BadRequest(f"{where} refers to something outside it: {reference[:100]}", param=where)
+    return Schema(raw)
 
 
 def _default() -> Any:

@@ -63,7 +63,9 @@ def middleware(*, hosts: Collection[str], key: str | None, origins: Collection[s
                 raise HarnessError("the API key is missing or wrong", status=401, code="invalid_api_key")
             return await handler(request)
         except HarnessError as error:
-            headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
+            headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
+            if error.after:
+                headers["Retry-After"] = str(math.ceil(error.after))
             return json_response(error.as_json(), status=error.status, headers=headers)
         except web.HTTPRequestEntityTooLarge:
             large = HarnessError("the body is too large", status=413, code="body_too_large")
