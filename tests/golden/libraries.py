@@ -18,7 +18,7 @@ from lowbit import ggml, grid
 
 OF_GGML = tuple(name for name in grid.names() if grid.get(name).ggml_type is not None)
 OF_MLX = tuple(name for name in grid.names() if name.startswith("mlx_"))
-OF_COMPRESSED_TENSORS = tuple(name for name in grid.names() if name.startswith("int4_"))
+OF_COMPRESSED_TENSORS = tuple(name for name in grid.names() if name.startswith(("int4_", "channelwise")))
 APART = OF_MLX + OF_COMPRESSED_TENSORS  # those whose scales lie apart from their codes
 DTYPES = {  # of weights and scales
     "F32": (mx.float32, torch.float32),
@@ -49,12 +49,15 @@ def stored_apart(name: str, x: np.ndarray, dtype: str) -> np.ndarray:
         words, *scales = mx.quantize(weights, group_size=group, bits=_bits(name), stream=mx.cpu)
         return rows_of(np.array(words), *(np.array(part.astype(mx.float32)) for part in scales))
     weights = torch.from_numpy(x).to(DTYPES[dtype][1])
-    scheme = QuantizationArgs(num_bits=4, symmetric=True, strategy="group", group_size=group)
-    groups = weights.unflatten(-1, (-1, group))
+    bits = _bits(name)
+    kind = {"strategy": "channel"} if grid.get(name).whole_rows else {"strategy": "group", "group_size": group}
+    scheme = QuantizationArgs(num_bits=bits, symmetric=True, **kind)
+    groups = weights[:, None] if grid.get(name).whole_rows else weights.unflatten(-1, (-1, group))
     scales, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), scheme)
-    return rows_of(
-        pack_to_int32(to_codes(weights, scales, None, scheme, dtype=torch.int8), 4).numpy(), scales.float().numpy()
-    )
+    codes = to_codes(weights, scales, None, scheme, dtype=torch.int8)
+    # Its words of 8 bits hold codes plus 128; the runtime of channelwise codes has them as they are.
+    words = codes.numpy() if bits == 8 else pack_to_int32(codes, bits).numpy()
+    return rows_of(words, scales.float().numpy())
 
 
 def rows_of(*parts: np.ndarray) -> np.ndarray:
@@ -75,4 +78,4 @@ def values(name: str, blocks: grid.Blocks) -> np.ndarray:
 
 
 def _bits(name: str) -> int:
-    return int(name.removeprefix("mlx_affine").partition("_")[0])
+    return int(name.removeprefix("mlx_affine").removeprefix("int").removeprefix("channelwise").partition("_")[0])

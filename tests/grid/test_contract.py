@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -13,6 +14,7 @@ from lowbit import grid
 from lowbit.errors import BadFile, Unsupported
 
 SCALED = [name for name in grid.names() if grid.get(name).has_scales]
+TRAINABLE = [name for name in grid.names() if grid.get(name).is_trainable]
 
 
 def _weights(*shape: int) -> np.ndarray:
@@ -26,10 +28,10 @@ def test_shapes_come_back_and_bytes_are_as_promised(name: str, shape: tuple[int,
     blocks = chosen.quantize(x)
     raw = chosen.pack(blocks)
     assert chosen.dequantize(blocks).shape == shape
-    assert raw.shape == (*shape[:-1], shape[-1] // chosen.block_size * chosen.block_bytes)
+    assert raw.shape == (*shape[:-1], chosen.row_bytes(shape[-1]))
     assert raw.dtype == np.uint8
     np.testing.assert_array_equal(chosen.pack(chosen.unpack(raw)), raw)
-    assert raw.size * 8 == x.size * chosen.bits_per_weight
+    assert raw.size * 8 == x.size * chosen.bits_per_weight + 8 * chosen.scale_bytes * (x.size // shape[-1])
 
 
 @pytest.mark.parametrize("name", grid.names())
@@ -58,22 +60,23 @@ def test_nan_and_inf_are_refused(name: str, bad: float) -> None:
 
 @pytest.mark.parametrize("name", SCALED)
 def test_rows_that_are_not_whole_blocks_are_refused(name: str) -> None:
-    with pytest.raises(Unsupported, match=r"rows of 48; expected a multiple of (32|128)"):
-        grid.get(name).quantize(_weights(2, 48))
+    with pytest.raises(Unsupported, match=r"rows of 50; expected a multiple of (4|32|128|256)"):
+        grid.get(name).quantize(_weights(2, 50))
 
 
 @pytest.mark.parametrize("name", SCALED)
 def test_encode_gives_the_nearest_code_on_any_scale(name: str) -> None:
     chosen = grid.get(name)
-    x, size = _weights(8, 2 * chosen.block_size), chosen.block_size
-    scales = _weights(8, 2).astype(np.float16)
+    x = _weights(8, 2 * chosen.block_size)
+    size = chosen.scale_group(x.shape[1])
+    scales = _weights(8, x.shape[1] // size).astype(np.float16)
     scales[0] = 0
-    scales[1] = [6e-8, -6e-8]  # the least float16 there is
+    scales[1:3] = [[6e-8], [-6e-8]]  # the least float16 there is
     blocks = chosen.encode(x, scales)
     every = np.arange(chosen.min_code, chosen.max_code + 1)
     wide = scales.astype(np.float64)[..., None]
-    error = np.abs(x.reshape(8, 2, size, 1).astype(np.float64) - every * wide[..., None])
-    reached = np.abs(x.reshape(8, 2, size).astype(np.float64) - blocks.codes * wide)
+    error = np.abs(x.reshape(8, -1, size, 1).astype(np.float64) - every * wide[..., None])
+    reached = np.abs(x.reshape(8, -1, size).astype(np.float64) - blocks.codes * wide)
     np.testing.assert_allclose(reached, error.min(-1), rtol=1e-6, atol=1e-7)
     assert blocks.codes.dtype == np.int8
     assert not blocks.codes[0].any()
@@ -95,12 +98,46 @@ def test_encoding_what_a_grid_holds_changes_nothing(name: str) -> None:
 def test_nearest_values_are_the_encoded_values_bit_for_bit(name: str) -> None:
     chosen, x = grid.get(name), _weights(16, 256)
     x[3] = 0
-    scales = (_weights(16, 256 // chosen.block_size) * 0.1).astype(np.float16)
+    scales = (_weights(16, 256 // chosen.scale_group(256)) * 0.1).astype(np.float16)
     scales[5, 0] = 0
     expected = chosen.dequantize(chosen.encode(x, scales)).view(np.uint32)
     np.testing.assert_array_equal(chosen.nearest_values(x, scales).view(np.uint32), expected)
     in_torch = chosen.nearest_values(torch.from_numpy(x), torch.from_numpy(scales))
     np.testing.assert_array_equal(in_torch.numpy().view(np.uint32), expected)
+
+
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_codes_on_a_frame_are_the_nearest_that_it_has(name: str) -> None:
+    """Whatever code is put in a weight's place instead, its value is no nearer."""
+    chosen, x = grid.get(name), _weights(6, 512)
+    frame = chosen.quantize(_weights(6, 512)[::-1].copy())
+    blocks = chosen.encode_on(x, frame)
+    assert blocks.codes.shape == frame.codes.shape
+    assert blocks.codes.dtype == frame.codes.dtype
+    reached = np.abs(chosen.dequantize(blocks) - x)
+    for code in np.unique(frame.codes):
+        other = chosen.dequantize(replace(blocks, codes=np.full_like(blocks.codes, code)))
+        assert (reached <= np.abs(other - x) * (1 + 1e-6) + 1e-7).all()
+    in_torch = chosen.encode_on(torch.from_numpy(x), _in_torch(frame))
+    np.testing.assert_array_equal(in_torch.codes.numpy(), blocks.codes)
+    np.testing.assert_array_equal(chosen.pack(_in_numpy(in_torch)), chosen.pack(blocks))
+
+
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_what_lies_on_a_frame_stays(name: str) -> None:
+    chosen = grid.get(name)
+    blocks = chosen.quantize(_weights(6, 512))
+    again = chosen.encode_on(chosen.dequantize(blocks), blocks)
+    np.testing.assert_array_equal(chosen.dequantize(again), chosen.dequantize(blocks))
+
+
+def _in_torch(blocks: grid.Blocks) -> grid.Blocks:
+    parts = {key: part if part is None else torch.from_numpy(np.array(part)) for key, part in vars(blocks).items()}
+    return grid.Blocks(**parts)
+
+
+def _in_numpy(blocks: grid.Blocks) -> grid.Blocks:
+    return grid.Blocks(**{key: part if part is None else part.numpy() for key, part in vars(blocks).items()})
 
 
 @pytest.mark.parametrize("name", SCALED)
@@ -188,6 +225,34 @@ def test_mxfp4_of_a_block_worked_by_hand() -> None:
     assert chosen.dequantize(blocks)[0, :9].tolist() == [6, -6, 0.5, 0, 0.5, 0, -0.5, 4, -6]
     raw = chosen.pack(blocks)[0]
     assert (raw[0], raw[1], raw[2]) == (127, 0x07, 0x0F)
+
+
+def test_channelwise_worked_by_hand() -> None:
+    # One scale for the whole row: the largest magnitude 3 over 1.5 is 2, and codes go from -2 to 1.
+    x = np.zeros((1, 8), np.float32)
+    x[0, :5] = [3, -3, -4 + 1, 1.1, -1.1]
+    chosen = grid.get("channelwise2")
+    blocks = chosen.quantize(x)
+    assert blocks.scales.tolist() == [[2.0]]
+    assert blocks.codes[0, 0, :6].tolist() == [1, -2, -2, 1, -1, 0]
+    raw = chosen.pack(blocks)[0]
+    assert raw[:4].tobytes() == np.float32(2).tobytes()
+    assert raw[4:].tolist() == [0b11_00_00_11, 0b10_10_10_01]  # code plus 2, the first in the lowest bits
+    assert chosen.row_bytes(8) == 6
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_channelwise_is_what_transformers_computes(bits: int) -> None:
+    from transformers.integrations.gemma_quant import QuantizedLinear
+
+    chosen, x = grid.get(f"channelwise{bits}"), _weights(24, 64)
+    blocks = chosen.quantize(x)
+    layer = QuantizedLinear(64, 24, num_bits=bits)
+    codes = torch.from_numpy(chosen.pack_codes(blocks.codes)[:, 0])
+    layer.weight.data = codes.view(torch.int8) if bits == 8 else codes
+    layer.weight_scale.data = torch.from_numpy(blocks.scales)
+    theirs = layer._dequantize_weights(torch.float32).detach().numpy()
+    np.testing.assert_array_equal(chosen.dequantize(blocks).view(np.uint32), theirs.view(np.uint32))
 
 
 def test_the_names_are_sorted_and_have_their_types() -> None:

@@ -98,7 +98,7 @@ def test_a_code_beyond_what_ggmls_rounding_reads(name: str) -> None:
 def test_any_stored_bytes(name: str, seed: int) -> None:
     """Blocks that other tools wrote: the C library's values, and every byte comes back."""
     chosen = grid.get(name)
-    raw = np.random.default_rng(seed).integers(0, 256, (8, WIDTH // chosen.block_size * chosen.block_bytes), np.uint8)
+    raw = np.random.default_rng(seed).integers(0, 256, (8, chosen.row_bytes(WIDTH)), np.uint8)
     blocks = chosen.unpack(raw)
     np.testing.assert_array_equal(chosen.pack(blocks), raw)
     theirs = values(name, blocks) if name in APART else ggml.dequantize(raw, chosen.ggml_type, WIDTH)

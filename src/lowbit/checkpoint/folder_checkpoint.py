@@ -88,7 +88,7 @@ class FolderCheckpoint(Checkpoint):
         for name, grid_name in self._grids.items():
             spec, entry = self._spec(name), self._blocks.entries.get(name)
             grid = grids.get(grid_name)
-            expected = (spec.n_rows, spec.shape[-1] // grid.block_size * grid.block_bytes)
+            expected = (spec.n_rows, grid.row_bytes(spec.shape[-1]))
             if len(spec.shape) < 2 or entry is None or entry.dtype != "U8" or entry.shape != expected:
                 found = f"{entry.dtype} {entry.shape}" if entry else "nothing"
                 raise BadFile(

@@ -91,7 +91,7 @@ def _check(tensor: Tensor, like: Checkpoint, written: dict[str, Any]) -> None:
     if tensor.grid is None or tensor.blocks is None:
         return
     grid = grids.get(tensor.grid)
-    expected = (math.prod(shape[:-1]), shape[-1] // grid.block_size * grid.block_bytes)
+    expected = (math.prod(shape[:-1]), grid.row_bytes(shape[-1]))
     if tensor.blocks.dtype != np.uint8 or tensor.blocks.shape != expected:
         found = f"{tensor.blocks.dtype} {tensor.blocks.shape}"
         raise BadFile(f"not {tensor.grid} blocks", where=tensor.name, found=found, expected=f"uint8 {expected}")

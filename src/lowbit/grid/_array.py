@@ -141,6 +141,9 @@ class ScaledGrid(Grid):
     def dequantize(self, blocks: Blocks) -> Array:
         return as_rows(_times(cast(blocks.codes, "float32"), blocks.scales))
 
+    def encode_on(self, x: Array, frame: Blocks) -> Blocks:
+        return self.encode(x, frame.scales)
+
     def encode(self, x: Array, scales: Array) -> Blocks:
         return Blocks(codes=cast(self._nearest(x, scales), "int8"), scales=scales)
 
@@ -152,16 +155,19 @@ class ScaledGrid(Grid):
     def inverse(self, scales: Array) -> Array:
         return inverse_of(cast(scales, "float32"))
 
+    def _as_blocks(self, x: Array) -> Array:
+        return as_blocks(x, self.block_size)
+
     def _nearest(self, x: Array, scales: Array) -> Array:
         """The codes, still float32: (..., n_blocks, block_size)."""
         xp = namespace(x)
-        q = as_blocks(x, self.block_size) * self.inverse(scales)[..., None]
+        q = self._as_blocks(x) * self.inverse(scales)[..., None]
         xp.round(q, out=q)
         return xp.clip(q, self.min_code, self.max_code, out=q)
 
 
 def _times(codes: Array, scales: Array) -> Array:
     """code * scale, in the float32 ``codes`` (..., n_blocks, block_size) themselves."""
-    with np.errstate(invalid="ignore"):  # 0 * Inf, where a scale overflowed float16: NaN, as in the runtime
+    with np.errstate(invalid="ignore", over="ignore"):  # 0 * Inf, of a scale beyond float16: NaN, as in the runtime
         codes *= cast(scales, "float32")[..., None]
     return codes

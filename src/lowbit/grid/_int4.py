@@ -16,8 +16,20 @@ from lowbit.grid._array import ScaledGrid, as_blocks, as_rows, cast, extremes, r
 from lowbit.grid._layout import halves, pairs, put_halves, put_pairs
 from lowbit.grid.base import Array, Blocks, namespace
 
-_HALF_RANGE = 7.5
 _EPSILON = {"F16": 2.0**-10, "BF16": 2.0**-7, "F32": 2.0**-23}  # torch.finfo's: the scale of a group of zeros
+
+
+def symmetric(blocks: Array, min_code: int, max_code: int, scale_dtype: str) -> Blocks:
+    """compressed-tensors' symmetric rounding of (..., n_blocks, weights) float32 to codes of any number of bits."""
+    xp = namespace(blocks)
+    low, high = extremes(blocks)
+    magnitude = xp.maximum(abs(low), abs(high))
+    # By an array: some torch backends divide by a number as a product with its inverse.
+    scales = round_to(magnitude / xp.full_like(magnitude, (max_code - min_code) / 2), scale_dtype)
+    scales[scales == 0] = _EPSILON[scale_dtype]
+    q = cast(round_to(blocks / cast(scales, "float32")[..., None], scale_dtype), "float32")
+    q = xp.round(xp.clip(q, min_code, max_code))
+    return Blocks(codes=cast(q, "int8"), scales=scales)
 
 
 class Int4(ScaledGrid):
@@ -31,16 +43,7 @@ class Int4(ScaledGrid):
         scale_dtype: 'F16' gives float16 scales, 'BF16' and 'F32' float32 ones that the dtype holds.
         Raises BadFile on NaN or Inf.
         """
-        xp = namespace(x)
-        blocks = as_blocks(x, self.block_size)
-        low, high = extremes(blocks)
-        magnitude = xp.maximum(abs(low), abs(high))
-        # By an array: some torch backends divide by a number as a product with its inverse.
-        scales = round_to(magnitude / xp.full_like(magnitude, _HALF_RANGE), scale_dtype)
-        scales[scales == 0] = _EPSILON[scale_dtype]
-        q = cast(round_to(blocks / cast(scales, "float32")[..., None], scale_dtype), "float32")
-        q = xp.round(xp.clip(q, self.min_code, self.max_code))
-        return Blocks(codes=cast(q, "int8"), scales=scales)
+        return symmetric(as_blocks(x, self.block_size), self.min_code, self.max_code, scale_dtype)
 
     def pack_codes(self, codes: Array) -> np.ndarray:
         """Codes (..., n_blocks, block_size) as weight_packed's int32 words hold them, little endian:

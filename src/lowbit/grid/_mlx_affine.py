@@ -16,8 +16,9 @@ from typing import ClassVar
 import numpy as np
 
 from lowbit.grid._array import ScaledGrid, as_blocks, as_rows, cast, extremes, raw_blocks, round_to
+from lowbit.grid._ladder import LadderGrid
 from lowbit.grid._layout import halves, pairs, put_halves, put_pairs
-from lowbit.grid.base import Array, Blocks, Grid, namespace
+from lowbit.grid.base import Array, Blocks, namespace
 from lowbit.grid.q4_0 import Q4_0
 from lowbit.grid.q8_0 import Q8_0
 
@@ -37,16 +38,21 @@ _SYMMETRIC: dict[tuple[int, int], ScaledGrid] = {
 }  # fmt: skip
 
 
-class MlxAffine(Grid):
+class MlxAffine(LadderGrid):
     """Codes are uint8, from 0 up; min_code and max_code stay 0, as 255 is no int8."""
 
     ggml_type = None
+    code_dtype = "uint8"
     bits: ClassVar[int]
 
     @property
     def top(self) -> int:
         """The greatest code."""
         return (1 << self.bits) - 1
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        return 0, self.top
 
     @property
     def zero(self) -> int:
@@ -92,6 +98,9 @@ class MlxAffine(Grid):
             values *= cast(blocks.scales, "float32")[..., None]
             values += cast(blocks.mins, "float32")[..., None]
         return as_rows(values)
+
+    def ladder(self, blocks: Blocks) -> tuple[Array, Array]:
+        return cast(blocks.scales, "float32"), cast(blocks.mins, "float32")
 
     def pack_codes(self, codes: Array) -> np.ndarray:
         """Codes (..., n_blocks, block_size) as MLX's uint32 words hold them, little endian: (..., n_blocks, bytes)."""

@@ -57,10 +57,31 @@ class Grid(ABC):
     max_code: ClassVar[int] = 0  # codes run from min_code to max_code; 0 for floats, MXFP4 and MLX's unsigned codes
     min_code: ClassVar[int] = 0
     ladder_group: ClassVar[int] = 0  # weights that share a step and an offset, where ``ladder`` tells them
+    whole_rows: ClassVar[bool] = False  # one scale a row: its blocks of ``block_size`` weights share it
+    scale_bytes: ClassVar[int] = 0  # of that scale, ahead of a row's blocks
+    scale_dtype: ClassVar[str] = "F16"  # that scales and minimums are rounded to: 'F16', or 'BF16' (float32 arrays)
 
     @property
     def bits_per_weight(self) -> float:
         return 8.0 * self.block_bytes / self.block_size
+
+    def row_bytes(self, n: int) -> int:
+        """Bytes that a row of ``n`` weights, whole blocks, is stored in."""
+        return n // self.block_size * self.block_bytes + self.scale_bytes
+
+    def scale_group(self, n: int) -> int:
+        """Weights that share a scale in a row of ``n``."""
+        return n if self.whole_rows else self.block_size
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """The least and the greatest code of evenly spaced ones, unsigned ones included."""
+        return self.min_code, self.max_code
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether there is ``encode_on``: training holds on to a frame and moves weights between its codes."""
+        return self.has_scales
 
     @property
     def has_scales(self) -> bool:
@@ -83,10 +104,16 @@ class Grid(ABC):
     def unpack(self, raw: np.ndarray) -> Blocks:
         """The inverse of ``pack``. numpy only."""
 
-    def ladder(self, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
+    def ladder(self, blocks: Blocks) -> tuple[Array, Array]:
         """Step and offset of each group of ``ladder_group`` weights: value = code * step + offset, both float32
-        (..., n / ladder_group). Formats whose groups are more than one float16 scale only. numpy only."""
+        (..., n / ladder_group). Formats whose groups are more than one float16 scale only."""
         raise NotImplementedError(f"{self.name} has no ladder")
+
+    def encode_on(self, x: Array, frame: Blocks) -> Blocks:
+        """The nearest codes for ``x`` (..., n) float32, finite, on the scales and minimums of ``frame``, whatever its
+        codes. Formats that are trainable only. No gradient flows.
+        """
+        raise NotImplementedError(f"{self.name} is not trainable")
 
     def encode(self, x: Array, scales: Array) -> Blocks:
         """The nearest codes for ``x`` (..., n) float32, finite, on the given float16 ``scales`` (..., n_blocks).

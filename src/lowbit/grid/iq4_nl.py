@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from lowbit.grid._array import as_blocks, as_rows, cast, check_finite, first_extreme, lookup, raw_blocks
+from lowbit.grid._array import as_blocks, as_rows, cast, check_finite, first_extreme, inverse_of, lookup, raw_blocks
 from lowbit.grid._layout import halves, nibbles, put_halves, put_nibbles
 from lowbit.grid._search import in_slices, sum_in_order
-from lowbit.grid.base import Array, Blocks, Grid
+from lowbit.grid.base import Array, Blocks, Grid, namespace
 
 _VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
 _TRIES = 7
@@ -37,7 +37,16 @@ class IQ4_NL(Grid):
 
     @property
     def has_scales(self) -> bool:
-        return False  # code * scale it is, but training and calibration round to evenly spaced codes
+        return False  # code * scale it is, but calibration rounds to evenly spaced codes
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    def encode_on(self, x: Array, frame: Blocks) -> Blocks:
+        scaled = as_blocks(x, self.block_size) * inverse_of(cast(frame.scales, "float32"))[..., None]
+        codes = _nearest(namespace(scaled), scaled)
+        return Blocks(codes=cast(codes, "int8"), scales=frame.scales)
 
     def quantize(self, x: Array) -> Blocks:
         check_finite(x)

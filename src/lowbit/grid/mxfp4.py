@@ -28,23 +28,20 @@ class MXFP4(Grid):
     block_size = 32
     block_bytes = 1 + 16  # the exponent, then 32 nibbles
 
+    @property
+    def is_trainable(self) -> bool:
+        return True  # on exponents that stay as they are
+
     def quantize(self, x: Array) -> Blocks:
         xp = namespace(x)
         blocks = as_blocks(x, self.block_size)  # (..., n_blocks, 32)
         low, high = extremes(blocks)
         exponents = _exponents(xp, xp.maximum(-low, high))  # (..., n_blocks) uint8
-        scaled = blocks / lookup(_SCALES, exponents)[..., None]
-        negative = scaled < 0
-        magnitude = abs(scaled)
-        codes = xp.zeros_like(magnitude, dtype=xp.int8)
-        for midpoint in _MIDPOINTS:
-            codes += magnitude > midpoint  # a midpoint goes to the smaller magnitude
-        at_top = exponents >= _TOP_EXPONENT
-        if at_top.any():
-            codes[at_top] = xp.clip(codes[at_top], None, 5)
-        negative &= codes > 0
-        codes += 8 * cast(negative, "int8")
-        return Blocks(codes=codes, scales=exponents)
+        return Blocks(codes=_codes(xp, blocks, exponents), scales=exponents)
+
+    def encode_on(self, x: Array, frame: Blocks) -> Blocks:
+        blocks = as_blocks(x, self.block_size)
+        return Blocks(codes=_codes(namespace(blocks), blocks, frame.scales), scales=frame.scales)
 
     def dequantize(self, blocks: Blocks) -> Array:
         with np.errstate(over="ignore"):  # 12 * 2^125 is Inf, in ggml too
@@ -60,6 +57,22 @@ class MXFP4(Grid):
     def unpack(self, raw: np.ndarray) -> Blocks:
         raw = raw_blocks(raw, self.block_bytes)
         return Blocks(codes=nibbles(raw[..., 1:]).view(np.int8), scales=raw[..., 0].copy())
+
+
+def _codes(xp: Array, blocks: Array, exponents: Array) -> Array:
+    """The nearest values' codes: (..., n_blocks, 32) int8."""
+    scaled = blocks / lookup(_SCALES, exponents)[..., None]
+    negative = scaled < 0
+    magnitude = abs(scaled)
+    codes = xp.zeros_like(magnitude, dtype=xp.int8)
+    for midpoint in _MIDPOINTS:
+        codes += magnitude > midpoint  # a midpoint goes to the smaller magnitude
+    at_top = exponents >= _TOP_EXPONENT
+    if at_top.any():
+        codes[at_top] = xp.clip(codes[at_top], None, 5)
+    negative &= codes > 0
+    codes += 8 * cast(negative, "int8")
+    return codes
 
 
 def _exponents(xp: Array, largest: Array) -> Array:

@@ -9,21 +9,18 @@ from __future__ import annotations
 import numpy as np
 
 from lowbit.grid._array import as_blocks, as_rows, cast, extremes, first_least, inverse_of, raw_blocks
+from lowbit.grid._ladder import LadderGrid
 from lowbit.grid._layout import halves, nibbles, put_halves, put_nibbles
-from lowbit.grid.base import Array, Blocks, Grid, namespace
+from lowbit.grid.base import Array, Blocks, namespace
 
 
-class Q4_1(Grid):
+class Q4_1(LadderGrid):
     name = "q4_1"
     ggml_type = 3
     block_size = 32
     block_bytes = 2 + 2 + 16  # the float16 scale, the float16 minimum, then 32 nibbles
     min_code, max_code = 0, 15
     ladder_group = 32
-
-    @property
-    def has_scales(self) -> bool:
-        return False  # a block is not its scale alone: there is a minimum beside it
 
     def quantize(self, x: Array) -> Blocks:
         xp = namespace(x)
@@ -54,7 +51,7 @@ class Q4_1(Grid):
             values += cast(blocks.mins, "float32")[..., None]
         return as_rows(values)
 
-    def ladder(self, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
+    def ladder(self, blocks: Blocks) -> tuple[Array, Array]:
         return cast(blocks.scales, "float32"), cast(blocks.mins, "float32")
 
     def pack(self, blocks: Blocks) -> np.ndarray:

@@ -13,15 +13,16 @@ from typing import ClassVar
 import numpy as np
 
 from lowbit.grid._array import as_blocks, as_rows, cast, check_finite, raw_blocks
+from lowbit.grid._ladder import LadderGrid
 from lowbit.grid._layout import halves, nibbles, put_halves, put_nibbles
 from lowbit.grid._search import in_slices, nearest_int, square_root, sum_in_order
-from lowbit.grid.base import Array, Blocks, Grid
+from lowbit.grid.base import Array, Blocks
 
 _SLICE = 256  # blocks at a time
 _TOP_SUB_SCALE = 63
 
 
-class Q4_K(Grid):
+class Q4_K(LadderGrid):
     name = "q4_k"
     ggml_type = 12
     block_size = 256
@@ -31,10 +32,6 @@ class Q4_K(Grid):
     # The search tries max_code + first + i / 10 steps to the range of a group, for i from 0 to tries - 1.
     first: ClassVar[float] = -1.0
     tries: ClassVar[int] = 21
-
-    @property
-    def has_scales(self) -> bool:
-        return False  # two levels of them, and minimums: there is no ``encode`` on float16 scales
 
     def quantize(self, x: Array) -> Blocks:
         check_finite(x)
@@ -61,7 +58,7 @@ class Q4_K(Grid):
             values -= offsets[..., None]
         return as_rows(values.reshape(*steps.shape[:-1], 256))
 
-    def ladder(self, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
+    def ladder(self, blocks: Blocks) -> tuple[Array, Array]:
         steps = cast(blocks.scales, "float32")[..., None] * cast(blocks.sub_scales, "float32")
         return steps, -(cast(blocks.mins, "float32")[..., None] * cast(blocks.sub_mins, "float32"))
 

@@ -9,24 +9,21 @@ from __future__ import annotations
 import numpy as np
 
 from lowbit.grid._array import as_blocks, as_rows, cast, check_finite, first_extreme, raw_blocks
+from lowbit.grid._ladder import LadderGrid
 from lowbit.grid._search import sum_in_order
-from lowbit.grid.base import Array, Blocks, Grid, namespace
+from lowbit.grid.base import Array, Blocks, namespace
 
 _EPSILON = 1e-15  # GROUP_MAX_EPS: a group or block below it is zero
 _SLICE = 1024  # blocks at a time, so that the search stays in the cache
 
 
-class Q6_K(Grid):
+class Q6_K(LadderGrid):
     name = "q6_k"
     ggml_type = 14
     block_size = 256
     block_bytes = 128 + 64 + 16 + 2  # lower 4 bits, upper 2 bits, the groups' scales, the float16 scale
     min_code, max_code = -32, 31
     ladder_group = 16
-
-    @property
-    def has_scales(self) -> bool:
-        return False  # two levels of them: there is no ``encode`` on float16 scales
 
     def quantize(self, x: Array) -> Blocks:
         check_finite(x)
@@ -52,9 +49,9 @@ class Q6_K(Grid):
             values = cast(blocks.codes, "float32").reshape(*steps.shape, 16) * steps[..., None]
         return as_rows(values.reshape(*steps.shape[:-1], 256))
 
-    def ladder(self, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
+    def ladder(self, blocks: Blocks) -> tuple[Array, Array]:
         steps = cast(blocks.scales, "float32")[..., None] * cast(blocks.sub_scales, "float32")
-        return steps, np.zeros_like(steps)
+        return steps, namespace(steps).zeros_like(steps)
 
     def pack(self, blocks: Blocks) -> np.ndarray:
         unsigned = (np.asarray(blocks.codes) + np.int8(32)).view(np.uint8)

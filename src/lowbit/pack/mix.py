@@ -205,6 +205,5 @@ def _for_row(type_: str, n: int) -> str:
 
 
 def _n_bytes(spec: TensorSpec, type_: str) -> int:
-    grid = grids.get(type_)
-    n_bytes = spec.n_rows * (spec.shape[-1] // grid.block_size) * grid.block_bytes
+    n_bytes = spec.n_rows * grids.get(type_).row_bytes(spec.shape[-1])
     return -(-n_bytes // 32) * 32  # GGUF aligns every tensor

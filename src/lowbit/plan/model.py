@@ -265,5 +265,5 @@ def _of_folder(path: Path) -> PlanModel:
 def _packed(spec: TensorSpec, grid_name: str) -> PlannedTensor:
     grid = grids.get(grid_name)
     n = spec.gguf_shape[-1] if spec.gguf_shape else 1
-    size = spec.gguf_n_rows * (n // grid.block_size) * grid.block_bytes
+    size = spec.gguf_n_rows * grid.row_bytes(n)
     return PlannedTensor(name=spec.gguf_name, shape=spec.gguf_shape, dtype=grid_name.upper(), n_bytes=size)

@@ -1,9 +1,9 @@
 """Fake quantization: a module computes with the values that its weight will have in the file.
 
 ``prepare`` puts a parametrization around each weight that a recipe places on a grid. The forward pass sees
-codes x scales, exactly as the runtime will; the backward pass hands the gradient straight through to the float32
-master weight (straight-through estimator, Bengio et al. 2013). Scales are float16 values, fixed at their start or
-learned with LSQ's gradient (Esser et al. 2020), rounded to float16 in every forward pass.
+what the runtime will make of the codes and their frame (scales, minimums: see ``frames``); the backward pass hands the
+gradient straight through to the float32 master weight (straight-through estimator, Bengio et al. 2013). A frame is
+fixed at its start, or its scales and minimums are learned, rounded to what the format stores in every forward pass.
 
 Any Trainer can train a prepared model: its parameters are the masters. What the file will hold is ``fq.blocks()``.
 """
@@ -11,6 +11,7 @@ Any Trainer can train a prepared model: its parameters are the masters. What the
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,9 +24,7 @@ from lowbit import recipe as recipes
 from lowbit.checkpoint import families
 from lowbit.errors import BadOption
 from lowbit.grid.base import Blocks, Grid
-
-# Weights rounded at a time: float32 values and scratch stay in a core's second-level cache.
-_SLICE = 1 << 18
+from lowbit.train import frames as framing
 
 _optimizer_steps = 0
 
@@ -42,22 +41,24 @@ register_optimizer_step_post_hook(_count_step)
 class FakeQuantizer(nn.Module):
     """The parametrization of one weight.
 
-    weight: (rows, n) float32, n a multiple of the grid's block size. scales: (rows, n / block_size) float16 values, or
-    None for the grid's own choice. train: "full" (the weight moves, scales are fixed), "scales" (codes are fixed,
-    scales move) or "both".
+    weight: (rows, n) float32, n a multiple of the grid's block size. frame: the blocks whose scales and minimums it is
+    rounded on, or None for the grid's own choice. train: "full" (the weight moves, the frame is fixed), "scales" (codes
+    are fixed, scales and minimums move) or "both". Scales that are powers of two (MXFP4) never move.
     """
 
-    def __init__(
-        self, grid: Grid, weight: torch.Tensor, scales: torch.Tensor | None = None, train: str = "full"
-    ) -> None:
+    scales: torch.Tensor | None
+    mins: torch.Tensor | None
+    sub_scales: torch.Tensor | None
+    sub_mins: torch.Tensor | None
+
+    def __init__(self, grid: Grid, weight: torch.Tensor, frame: Blocks | None = None, train: str = "full") -> None:
         super().__init__()
         self.grid, self.train_what = grid, train
         self.is_lookup = False
         with torch.no_grad():
-            if grid.has_scales:
-                start = grid.quantize(weight.detach()) if scales is None else grid.encode(weight.detach(), scales)
-                assert start.scales is not None
-                self.scales = nn.Parameter(start.scales.float(), requires_grad=train in ("scales", "both"))
+            if grid.is_trainable:
+                start = grid.quantize(weight.detach()) if frame is None else grid.encode_on(weight.detach(), frame)
+                self._hold(start, learned=train in ("scales", "both"))
                 if train == "scales":
                     self.register_buffer("codes", start.codes)
         self._values: dict[torch.dtype, torch.Tensor] = {}
@@ -67,20 +68,41 @@ class FakeQuantizer(nn.Module):
         values = self._rounded(weight, self._dtype(weight))
         if not torch.is_grad_enabled():
             return values
-        return _StraightThrough.apply(weight, getattr(self, "scales", None), values, self)
+        scales, mins = (getattr(self, part, None) for part in ("scales", "mins"))
+        return _StraightThrough.apply(weight, scales, mins, values, self)
 
-    def half_scales(self) -> torch.Tensor:
-        """The scales as the file will hold them: (rows, n / block_size) float16."""
-        return self.scales.detach().to(torch.float16)
+    def _hold(self, start: Blocks, *, learned: bool) -> None:
+        """Scales and minimums as parameters in float32 where they are free numbers, the rest as it is."""
+        for part in ("scales", "mins", "sub_scales", "sub_mins"):
+            values: Any = getattr(start, part)
+            if values is not None and values.is_floating_point():
+                self.register_parameter(part, nn.Parameter(values.float(), requires_grad=learned))
+            else:
+                self.register_buffer(part, values)
+
+    def frame(self) -> Blocks:
+        """Scales and minimums as the file will hold them."""
+        return Blocks(codes=None, **{name: self._stored(name) for name in ("scales", "mins", "sub_scales", "sub_mins")})
+
+    def _stored(self, part: str) -> torch.Tensor | None:
+        values: torch.Tensor | None = getattr(self, part)
+        is_free = isinstance(values, nn.Parameter)
+        return framing.stored(values, self.grid) if is_free else values  # type: ignore[arg-type]
+
+    @property
+    def learned(self) -> list[nn.Parameter]:
+        """The frame's own parameters."""
+        found = (getattr(self, part, None) for part in ("scales", "mins"))
+        return [part for part in found if isinstance(part, nn.Parameter) and part.requires_grad]
 
     @torch.no_grad()
     def blocks(self, weight: torch.Tensor) -> Blocks:
         """Codes and scales that the forward pass computes with."""
-        if not self.grid.has_scales:
+        if not self.grid.is_trainable:
             return self.grid.quantize(weight.detach())
         if self.train_what == "scales":
-            return Blocks(codes=self.codes, scales=self.half_scales())
-        return self.grid.encode(weight.detach(), self.half_scales())
+            return replace(self.frame(), codes=self.codes)
+        return self.grid.encode_on(weight.detach(), self.frame())
 
     def _dtype(self, weight: torch.Tensor) -> torch.dtype:
         device = weight.device.type
@@ -93,14 +115,10 @@ class FakeQuantizer(nn.Module):
     @torch.no_grad()
     def _rounded(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The values on the grid, rounded once an optimizer step however often they are asked for."""
-        scales = getattr(self, "scales", None)
-        moves = weight.requires_grad or (scales is not None and scales.requires_grad)
-        state = (
-            _optimizer_steps if moves else 0,
-            weight.data_ptr(),
-            weight._version,
-            None if scales is None else (scales.data_ptr(), scales._version),
-        )
+        parts = [part for part in (getattr(self, "scales", None), getattr(self, "mins", None)) if part is not None]
+        moves = weight.requires_grad or any(part.requires_grad for part in parts)
+        held = tuple((part.data_ptr(), part._version) for part in (weight, *parts))
+        state = (_optimizer_steps if moves else 0, *held)
         if state != self._state:
             self._values, self._state = {}, state
         if dtype not in self._values:
@@ -109,74 +127,53 @@ class FakeQuantizer(nn.Module):
         return self._values[dtype].view(weight.shape)
 
     def _round(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        grid = self.grid
-        if not grid.has_scales:
-            return grid.dequantize(grid.quantize(weight)).to(dtype)
-        scales = self.half_scales()
-        if self.train_what == "scales":
-            return grid.dequantize(Blocks(codes=self.codes, scales=scales)).to(dtype)
-        values = torch.empty_like(weight, dtype=dtype)
-        rows = max(1, _SLICE // weight.shape[-1])
-        for start in range(0, weight.shape[0], rows):
-            part = slice(start, start + rows)
-            values[part] = grid.nearest_values(weight[part], scales[part])
-        return values
+        if not self.grid.is_trainable or self.train_what == "scales":
+            return self.grid.dequantize(self.blocks(weight)).to(dtype)
+        return framing.values_on(self.grid, weight, self.frame(), dtype)
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, weight: torch.Tensor, scales: torch.Tensor | None, values: torch.Tensor, owner: FakeQuantizer
+        ctx: Any,
+        weight: torch.Tensor,
+        scales: torch.Tensor | None,
+        mins: torch.Tensor | None,
+        values: torch.Tensor,
+        owner: FakeQuantizer,
     ) -> torch.Tensor:
         ctx.owner, ctx.dtype = owner, weight.dtype
-        ctx.learned = scales is not None and scales.requires_grad
-        if ctx.learned:
+        if owner.learned:
             ctx.save_for_backward(weight)
         return values
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
-        gradient = gradients[0].to(ctx.dtype)
-        for_weight = gradient if ctx.needs_input_grad[0] else None
-        for_scales = _scale_gradient(ctx.owner, ctx.saved_tensors[0], gradient) if ctx.learned else None
-        return for_weight, for_scales, None, None
-
-
-def _scale_gradient(owner: FakeQuantizer, weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """LSQ: the derivative of scale * round(w / scale) by the scale is code - w / scale inside the range, code outside.
-
-    With fixed codes it is the code itself.
-    """
-    grid = owner.grid
-    shape = (*owner.scales.shape, grid.block_size)
-    if owner.train_what == "scales":
-        slope = owner.codes.to(gradient.dtype)
-    else:
-        scales = owner.half_scales()
-        ratio = weight.reshape(shape) * grid.inverse(scales).unsqueeze(-1)
-        codes = grid.encode(weight, scales).codes.to(gradient.dtype)
-        inside = (ratio >= grid.min_code - 0.5) & (ratio <= grid.max_code + 0.5)
-        slope = torch.where(inside, codes - ratio, codes)
-    return (gradient.reshape(shape) * slope).sum(-1)  # type: ignore[operator]
+    def backward(ctx: Any, *given: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        slope, owner = given[0].to(ctx.dtype), ctx.owner
+        for_weight = slope if ctx.needs_input_grad[0] else None
+        if not owner.learned:
+            return for_weight, None, None, None, None
+        codes = owner.codes if owner.train_what == "scales" else None
+        found = framing.gradients(owner.grid, ctx.saved_tensors[0], owner.frame(), codes, slope)
+        return for_weight, *found, None, None
 
 
 def prepare(
     model: nn.Module,
     recipe: str | recipes.Recipe = "q4_0",
     *,
-    scales: Mapping[str, torch.Tensor] | None = None,
+    frames: Mapping[str, Blocks] | None = None,
     train: str = "full",
 ) -> nn.Module:
     """Puts a fake quantizer around every weight of a Hugging Face model that ``recipe`` places on a grid; in place.
 
-    scales: float16 scales by tensor name, (rows, n / block_size), where they were searched for; elsewhere the grid's
-    own rule. train: "full", "scales" or "both". A tied embedding is wrapped once and serves both uses. Returns the
+    frames: scales and minimums by tensor name where they were searched for; elsewhere the grid's own rule. train: "full", "scales" or "both". A tied embedding is wrapped once and serves both uses. Returns the
     model, which any Hugging Face Trainer or TRL trainer can train; ``lowbit.train.save`` then writes the checkpoint.
     Raises Unsupported (row length) or BadFile (NaN, Inf) naming the tensor, BadOption for a model prepared already.
     """
     if train not in ("full", "scales", "both"):
         raise BadOption("unknown train", found=train, expected="full, scales or both")
-    scales = scales or {}
+    found = frames or {}
     for name, grid in assignment(model, recipe).items():
         if grid.name == "f32":
             continue
@@ -186,7 +183,7 @@ def prepare(
             raise BadOption("the model is prepared already", where=name)
         weight = getattr(module, attribute)
         grids.check_finite(weight, name)
-        quantizer = FakeQuantizer(grid, weight, scales.get(name), train)
+        quantizer = FakeQuantizer(grid, weight, found.get(name), train)
         quantizer.is_lookup = isinstance(module, nn.Embedding)
         if train == "scales":
             weight.requires_grad_(False)
