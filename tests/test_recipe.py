@@ -213,7 +213,10 @@ def test_the_real_model_as_llama_quantize_makes_it(packaged_gguf) -> None:
     assert {assigned[name] for name in trained} == {"q4_0"}
 
 
-@pytest.mark.parametrize(("name", "n_trained"), [("q5_0", 30 * 7), ("q4_1", 0), ("q5_1", 0), ("q8_0", 0)])
-def test_only_blocks_of_codes_times_a_scale_are_trained(packaged_gguf, name: str, n_trained: int) -> None:
+@pytest.mark.parametrize(("name", "n_trained"), [
+    ("q5_0", 30 * 7), ("q4_1", 30 * 7), ("q6_k", 30), ("mxfp4", 30 * 7), ("mobile_mlp2", 30 * 7 + 1), ("q8_0", 0),
+    ("mobile_w8", 0),
+])  # fmt: skip
+def test_what_lies_below_8_bits_is_trained_and_the_head_below_6(packaged_gguf, name: str, n_trained: int) -> None:
     with open_checkpoint(packaged_gguf("smollm2-135m")) as checkpoint:
         assert len(recipe.get(name).trained(checkpoint)) == n_trained

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lowbit import grid as grids
-from lowbit.grid.base import Grid
+from lowbit.grid.base import Blocks, Grid
 from lowbit.train.calibrate import InputMoments, compensate, search_scales
 
 ROWS, WIDTH = 24, 192  # more columns than are rounded at a time, and than a block holds
@@ -131,7 +131,7 @@ def test_the_search_minds_what_is_important(weight: torch.Tensor, importance: to
 def test_compensation_lowers_the_output_error(weight: torch.Tensor, moments: torch.Tensor) -> None:
     grid = grids.get("q4_0")
     scales = search_scales(weight, moments.diagonal(), grid)
-    moved = compensate(weight, scales, moments, grid, DAMPING)
+    moved = compensate(weight, Blocks(codes=None, scales=scales), moments, grid, DAMPING)
     assert moved.shape == weight.shape and moved.dtype == torch.float32
     nearest = output_error(weight, grid.nearest_values(weight, scales), moments)
     assert output_error(weight, grid.nearest_values(moved, scales), moments) < 0.6 * nearest
@@ -140,7 +140,7 @@ def test_compensation_lowers_the_output_error(weight: torch.Tensor, moments: tor
 def test_compensation_is_gptq(weight: torch.Tensor, moments: torch.Tensor) -> None:
     grid = grids.get("q4_0")
     scales = search_scales(weight, moments.diagonal(), grid)
-    moved = compensate(weight, scales, moments, grid, DAMPING)
+    moved = compensate(weight, Blocks(codes=None, scales=scales), moments, grid, DAMPING)
     got = grid.encode(moved, scales).codes.reshape(ROWS, WIDTH)
     expected = gptq_codes(weight, scales, moments, grid)
     # A weight near the middle of two codes may fall to the other side in float32, and its row with it from there on.
@@ -155,7 +155,7 @@ def test_independent_inputs_need_no_compensation(weight: torch.Tensor) -> None:
     grid = grids.get("q4_0")
     scales = grid.quantize(weight).scales
     given = weight.clone()
-    assert torch.equal(compensate(weight, scales, torch.eye(WIDTH), grid, DAMPING), weight)
+    assert torch.equal(compensate(weight, Blocks(codes=None, scales=scales), torch.eye(WIDTH), grid, DAMPING), weight)
     assert torch.equal(weight, given)
 
 

@@ -7,7 +7,10 @@ from typing import Any
 
 NAMES = ("minutes", "steps", "recipe", "data", "seed", "threads", "start", "train")
 # Left to TrainOptions where they are not given, so that a default is written once and --help needs no torch.
-FINER = ("targets", "learning_rate", "warmup_steps", "batch_size", "accumulate", "sequence_length", "clip", "precision")
+FINER = (
+    "targets", "learning_rate", "scale_rate", "warmup_steps", "batch_size", "accumulate", "sequence_length", "clip",
+    "precision",
+)  # fmt: skip
 
 
 def minutes(text: str) -> float:
@@ -77,9 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--train",
-        choices=("full", "scales"),
+        choices=("full", "scales", "both"),
         default="full",
-        help="what distillation moves: every weight (default), or the scales only",
+        help="what distillation moves: every weight (default), the scales only, or both",
     )
     finer = parser.add_argument_group("training, finer", "the defaults suit a model of some hundred million weights")
     finer.add_argument("--targets", metavar="T", help="hidden (exact probabilities, the default) or topk:K")
@@ -88,6 +91,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive_number,
         metavar="X",
         help="peak (default: 1e-4, for scales 5e-5)",
+    )
+    finer.add_argument(
+        "--scale-rate",
+        type=positive_number,
+        metavar="X",
+        help="peak of scales, in parts of their magnitude a step (default: 0.001 with --train both)",
     )
     finer.add_argument("--warmup-steps", type=whole, metavar="N", help="linear warm-up (default: 8)")
     finer.add_argument("--batch-size", type=positive, metavar="N", help="sequences a forward pass (default: 2)")

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from lowbit.grid.base import Grid
+from lowbit.grid.base import Blocks, Grid
+from lowbit.train import frames
 
 # Where the extreme weight of a block may land, in codes: beyond the range it is clipped, inside it the range is unused.
 _REACHES = (5.0, 5.5, 6.0, 6.5, 7.0, 7.25, 7.5, 7.75, 8.0, 8.5, 9.0)
@@ -102,20 +103,20 @@ def search_scales(weight: torch.Tensor, importance: torch.Tensor, grid: Grid) ->
 
 
 @torch.no_grad()
-def compensate(
-    weight: torch.Tensor, scales: torch.Tensor, moments: torch.Tensor, grid: Grid, damping: float
-) -> torch.Tensor:
-    """Weights (rows, n) float32 whose nearest codes on ``scales`` are GPTQ's.
+def compensate(weight: torch.Tensor, frame: Blocks, moments: torch.Tensor, grid: Grid, damping: float) -> torch.Tensor:
+    """Weights (rows, n) float32 whose nearest codes on ``frame`` are GPTQ's. Formats of evenly spaced codes only.
 
-    scales: (rows, n / block_size) float16. moments: (n, n) float32. damping: part of the mean diagonal that is added
-    to the diagonal. What comes back is each weight with the error of the columns before it moved onto it.
+    moments: (n, n) float32. damping: part of the mean diagonal that is added to the diagonal. What comes back is each
+    weight with the error of the columns before it moved onto it.
     """
     n = weight.shape[1]
     damped = moments.clone()
     damped.diagonal().add_(damping * moments.diagonal().mean().clamp_min(1e-12))
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
-    d = scales.float()
-    inverse = grid.inverse(scales)
+    steps, offsets = frames.steps(grid, frame)
+    d, zero = (part.reshape(len(weight), -1) for part in (steps, offsets))  # (rows, groups)
+    inverse = torch.where(d == 0, 0.0, 1.0 / d)
+    group, (low, high) = n // d.shape[1], grid.code_range
     rest = weight.clone()
     moved = torch.empty_like(weight)
     for start in range(0, n, _COLUMNS):
@@ -124,8 +125,9 @@ def compensate(
         errors = torch.empty_like(columns)
         local = upper[start:end, start:end]
         for c in range(end - start):
-            block = (start + c) // grid.block_size
-            values = (columns[c] * inverse[:, block]).round_().clamp_(grid.min_code, grid.max_code).mul_(d[:, block])
+            g = (start + c) // group
+            codes = ((columns[c] - zero[:, g]) * inverse[:, g]).round_().clamp_(low, high)
+            values = codes.mul_(d[:, g]).add_(zero[:, g])
             moved[:, start + c] = columns[c]
             errors[c] = (columns[c] - values) / local[c, c]
             columns[c + 1 :].addr_(local[c, c + 1 :], errors[c], alpha=-1)

@@ -167,8 +167,9 @@ def prepare(
 ) -> nn.Module:
     """Puts a fake quantizer around every weight of a Hugging Face model that ``recipe`` places on a grid; in place.
 
-    frames: scales and minimums by tensor name where they were searched for; elsewhere the grid's own rule. train: "full", "scales" or "both". A tied embedding is wrapped once and serves both uses. Returns the
-    model, which any Hugging Face Trainer or TRL trainer can train; ``lowbit.train.save`` then writes the checkpoint.
+    frames: scales and minimums by tensor name where they were searched for; elsewhere the grid's own rule. train:
+    "full", "scales" or "both". A tied embedding is wrapped once and serves both uses. Returns the model, which any
+    Hugging Face Trainer or TRL trainer can train; ``lowbit.train.save`` then writes the checkpoint.
     Raises Unsupported (row length) or BadFile (NaN, Inf) naming the tensor, BadOption for a model prepared already.
     """
     if train not in ("full", "scales", "both"):

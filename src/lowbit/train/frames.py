@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lowbit.grid._array import round_to
+from lowbit.grid._array import cast, round_to
 from lowbit.grid._ladder import LadderGrid
 from lowbit.grid.base import Blocks, Grid
 
@@ -34,6 +34,12 @@ def stored(x: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Learned scales or minimums, float32, as the format stores them."""
     rounded: torch.Tensor = round_to(x.detach(), grid.scale_dtype)
     return rounded
+
+
+def of_arrays(blocks: Blocks, device: torch.device) -> Blocks:
+    """Tensors of numpy arrays."""
+    parts = {name: getattr(blocks, name) for name in ("codes", *_PARTS)}
+    return Blocks(**{k: None if v is None else torch.from_numpy(v.copy()).to(device) for k, v in parts.items()})
 
 
 def to_tensors(frame: Blocks, name: str) -> dict[str, torch.Tensor]:
@@ -78,7 +84,8 @@ def gradients(
     the loss's gradient by the values. Of value = step * code + offset the derivative by the step is the code, less
     (weight - offset) / step where the weight is inside of the range of codes; by the offset it is 1 outside, 0 inside.
     """
-    for_scales = torch.empty_like(frame.scales, dtype=torch.float32)  # type: ignore[call-overload]
+    assert frame.scales is not None
+    for_scales = torch.empty_like(frame.scales, dtype=torch.float32)
     for_mins = None if frame.mins is None else torch.empty_like(frame.mins, dtype=torch.float32)
     for part in row_slices(weight):
         some = rows_of(frame, part)
@@ -95,26 +102,26 @@ def _by_group(
     grid: Grid, weight: torch.Tensor, frame: Blocks, codes: torch.Tensor | None, slope: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients by each group's step and offset: (..., groups) both."""
-    steps, offsets = _steps(grid, frame)
-    shape = (*steps.shape, -1)
+    each, offsets = steps(grid, frame)
+    shape = (*each.shape, -1)
     slope = slope.reshape(shape)
     if codes is not None:
         return (slope * codes.reshape(shape)).sum(-1), slope.sum(-1)
     code = grid.encode_on(weight, frame).codes.reshape(shape).float()
     ratio = weight.reshape(shape) - offsets[..., None]
-    ratio *= torch.where(steps == 0, 0.0, 1.0 / steps)[..., None]
+    ratio *= torch.where(each == 0, 0.0, 1.0 / each)[..., None]
     low, high = grid.code_range
     inside = (ratio >= low - 0.5) & (ratio <= high + 0.5)
     by_step = (slope * torch.where(inside, code - ratio, code)).sum(-1)
     return by_step, (slope * ~inside).sum(-1)
 
 
-def _steps(grid: Grid, frame: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
+def steps(grid: Grid, frame: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
+    """The step of each group's codes, and where its code 0 lies: float32, rows first."""
     if isinstance(grid, LadderGrid):
-        steps, offsets = grid.ladder(frame)
-        return steps, offsets
-    steps = frame.scales.float()  # type: ignore[union-attr]
-    return steps, torch.zeros_like(steps)
+        return grid.ladder(frame)
+    found = cast(frame.scales, "float32")
+    return found, torch.zeros_like(found)
 
 
 def _chained(by_group: torch.Tensor, sub: torch.Tensor | None, like: Any) -> torch.Tensor:

@@ -28,6 +28,8 @@ from lowbit.train.storage import save_tensors, writing
 from lowbit.units import format_duration
 
 _LOWEST = 0.01  # of the peak learning rate, where the cosine ends
+_SCALE_RATE = 1e-3  # of scales that move with their weights, in parts of their mean magnitude
+_SMALLEST_SCALE = 1e-8
 _WEIGHTS = "trained.safetensors"
 _WHOLE = "whole"  # marks a checkpoint folder that was written to its end
 _SAVE_EVERY = 60.0  # seconds between checkpoints, at least
@@ -173,6 +175,25 @@ class DistillationTrainer(Trainer):
         if torch.is_grad_enabled() and not weight.requires_grad:  # without gradients a head that moves says so too
             self._head = head
         return head
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Weights at the learning rate; each weight's scales in parts of their own magnitude, which differ widely."""
+        if self.optimizer is None:
+            rest: dict[str, Any] = {"params": [], "weight_decay": self.args.weight_decay}
+            groups = [rest]
+            for name, parameter in self._parameters():
+                if parameter.requires_grad and self._scale_rate and name.rpartition(".")[2] in ("scales", "mins"):
+                    size = max(float(parameter.detach().abs().mean()), _SMALLEST_SCALE)
+                    groups.append({**rest, "params": [parameter], "lr": self._scale_rate * size})
+                elif parameter.requires_grad:
+                    rest["params"].append(parameter)
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = kind(groups, **settings)
+        return self.optimizer  # type: ignore[no-any-return]
+
+    @property
+    def _scale_rate(self) -> float | None:
+        return self.options.scale_rate or (_SCALE_RATE if self.options.train == "both" else None)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.schedule.factor)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lowbit.errors import BadOption
 
 STARTS = ("calibrated", "nearest")
-PARAMETERS = ("full", "scales")
+PARAMETERS = ("full", "scales", "both")
 PRECISIONS = ("auto", "float32", "bfloat16")
 # A sequence of one token has nothing to go on from.
 _LEAST = {
@@ -24,7 +24,8 @@ class TrainOptions:
     steps:           optimizer steps instead of a time budget for distillation (deterministic); None: by the clock
     recipe:          which tensor goes on which grid ("q4_0", ...)
     start:           "calibrated" (scale search, error compensation) or "nearest" (the format's plain rounding)
-    train:           "full" (weights, and norms) or "scales" (codes stay as the start left them)
+    train:           "full" (weights, and norms), "scales" (codes stay as the start left them) or "both" (weights and
+                     norms, and scales and minimums where the format leaves them free)
     data:            text file, JSONL, Parquet or datasets id; None: sampled from the model itself, filled up with
                      the bundled text where the budget is too short to sample enough
     targets:         "hidden" (the reference's final hidden states: exact probabilities) or "topk:K" (its K largest
@@ -33,6 +34,8 @@ class TrainOptions:
     batch_size:      sequences a forward pass
     accumulate:      forward passes an optimizer step
     learning_rate:   peak; None: 1e-4 for "full", 5e-5 for "scales"
+    scale_rate:      peak of scales and minimums, in parts of their mean magnitude a step; None: 1e-3 for "both", for
+                     "scales" by learning_rate
     warmup_steps:    optimizer steps of linear warm-up, before the cosine
     clip:            gradient norm above which gradients are scaled down
     precision:       "auto" (bfloat16 products where this machine is measurably faster with them), "float32", "bfloat16"
@@ -51,6 +54,7 @@ class TrainOptions:
     batch_size: int = 2
     accumulate: int = 1
     learning_rate: float | None = None
+    scale_rate: float | None = None
     warmup_steps: int = 8
     clip: float = 1.0
     precision: str = "auto"
@@ -69,7 +73,7 @@ class TrainOptions:
                 raise BadOption(f"{name} must be {least} or more", found=value)
         if self.seed >= 1 << 32:
             raise BadOption("seed must be below 2^32", found=self.seed)
-        for name in ("learning_rate", "clip"):
+        for name in ("learning_rate", "scale_rate", "clip"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise BadOption(f"{name} must be a number above 0", found=value)
@@ -86,4 +90,4 @@ class TrainOptions:
     def peak_learning_rate(self) -> float:
         if self.learning_rate is not None:
             return self.learning_rate
-        return 1e-4 if self.train == "full" else 5e-5
+        return 5e-5 if self.train == "scales" else 1e-4

@@ -20,7 +20,7 @@ from lowbit.checkpoint import Checkpoint, open_checkpoint
 from lowbit.checkpoint.model import MANIFEST
 from lowbit.errors import BadOption
 from lowbit.files import replacing
-from lowbit.train import calibrate, data, precision
+from lowbit.train import calibrate, data, frame_search, frames, precision
 from lowbit.train.fake_quant import assignment, prepare
 from lowbit.train.ledger import Ledger
 from lowbit.train.loop import DistillationTrainer, Schedule, distil, latest_checkpoint
@@ -257,8 +257,8 @@ class _Run:
             kind, _, tensor = name.partition(":")
             if kind == "weight":
                 self.model.get_parameter(tensor).copy_(values)
-        scales = {name.partition(":")[2]: v.to(self.device) for name, v in found.items() if name.startswith("scales:")}
-        prepare(self.model, self.options.recipe, scales=scales, train=self.options.train)
+        starts = frames.from_tensors(found, self.device)
+        prepare(self.model, self.options.recipe, frames=starts, train=self.options.train)
         if not (self.work / "start" / MANIFEST).exists():
             save(self.model, self.work / "start", like=self.checkpoint)
 
@@ -281,7 +281,7 @@ class _Run:
         self.sequences = self.sequences[: self.ledger.facts["asked"]]
 
     def _calibrated(self, start: float) -> dict[str, torch.Tensor]:
-        """{"scales:NAME": float16, "weight:NAME": float32} for every matrix below 8 bits."""
+        """{"weight:NAME": float32} and the parts of its frame ("scales:NAME", ...) for every matrix that is trained."""
         grids = assignment(self.model, self.options.recipe)
         names = [name for name in recipes.get(self.options.recipe).trained(self.checkpoint)]
         modules = {name: self.model.get_submodule(name.removesuffix(".weight")) for name in names}
@@ -302,10 +302,11 @@ class _Run:
             for done, name in enumerate(names, 1):
                 weight, grid = modules[name].weight.detach(), grids[name]
                 second = moments[name] if name in linear else torch.eye(weight.shape[1], device=weight.device)
-                scales = calibrate.search_scales(weight, second.diagonal(), grid)
-                found[f"scales:{name}"] = scales.cpu()
-                if self.checkpoint.info(name).role in _COMPENSATED and name in linear:
-                    weight = calibrate.compensate(weight, scales, second, grid, _DAMPING)
+                frame = frame_search.search(weight, second.diagonal(), grid)
+                found |= frames.to_tensors(frame, name)
+                compensated = self.checkpoint.info(name).role in _COMPENSATED and name in linear
+                if compensated and frame_search.can_compensate(grid):
+                    weight = calibrate.compensate(weight, frame, second, grid, _DAMPING)
                 found[f"weight:{name}"] = weight.cpu().contiguous()
                 bar.update(done)
                 self.ledger.tick()
@@ -361,18 +362,18 @@ def _save_array(path: Path, values: np.ndarray) -> None:
 
 def choose_parameters(model: Any, train: str, names: tuple[str, ...]) -> list[torch.nn.Parameter]:
     """Marks what is trained of a prepared model, and gives it: the low-bit matrices ``names`` and the norms ("full"),
-    or the scales alone ("scales"). Embeddings stay.
+    the scales and minimums alone ("scales"), or all of these ("both").
     """
     low_bit = {f"{path}.parametrizations.{kind}" for path, _, kind in (name.rpartition(".") for name in names)}
     chosen = []
     for name, parameter in model.named_parameters():
         inside, _, last = name.rpartition(".")
-        if last == "scales":
-            wanted = train == "scales" and inside.removesuffix(".0") in low_bit
+        if last in ("scales", "mins"):
+            wanted = train in ("scales", "both") and inside.removesuffix(".0") in low_bit
         elif last.startswith("original"):
-            wanted = train == "full" and inside in low_bit
+            wanted = train in ("full", "both") and inside in low_bit
         else:
-            wanted = train == "full" and parameter.ndim == 1
+            wanted = train in ("full", "both") and parameter.ndim == 1
         parameter.requires_grad_(wanted)
         if wanted:
             chosen.append(parameter)
