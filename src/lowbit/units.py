@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 KIB = 1024
 MIB = 1024 * KIB
 GIB = 1024 * MIB
@@ -33,3 +35,19 @@ def format_duration(seconds: float) -> str:
     hours, rest = divmod(whole, 3600)
     minutes, secs = divmod(rest, 60)
     return f"{hours}:{minutes:02d}:{secs:02d}" if hours else f"{minutes}:{secs:02d}"
+
+
+def format_dollars(amount: float) -> str:
+    """1234.5 -> '$1,234.50'; 0.00012 -> '$0.00012': two digits behind the point, more where they would be noughts."""
+    if amount == 0 or abs(amount) >= 1:
+        return f"${amount:,.2f}"
+    text = f"{amount:.{max(2, 1 - math.floor(math.log10(abs(amount))))}f}"
+    return f"${text}"
+
+
+def format_span(seconds: float) -> str:
+    """A time that may be long, in the unit that fits: '45 s', '12 min', '3.4 hours', '57 days'."""
+    for unit, size in (("days", 86400.0), ("hours", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.{1 if seconds < 10 * size and unit != 'min' else 0}f} {unit}"
+    return f"{seconds:.0f} s"

@@ -49,3 +49,28 @@ def test_broken_files(tmp_path: Path, text: str) -> None:
     path.write_bytes(b"\xff\xfe\x00" + text.encode())
     with pytest.raises(LowbitError):
         PriceFile.read(path)
+
+
+def test_what_a_batch_costs(tmp_path: Path) -> None:
+    path = tmp_path / "prices.toml"
+    path.write_text(
+        "dated = 2026-06-01\nbatch = 0.4\n[models.a]\nin = 1\nout = 2\n[models.b]\nin = 1\nout = 2\nbatch = 1\n"
+        '[models.c]\nin = 1\nout = 2\nbatch_in = 0.1\nbatch_out = 0.3\nprovider = "P"\n'
+    )
+    found = PriceFile.read(path).hosted
+    assert found["a"].batch == Price(prompt=0.4, completion=0.8) and not found["a"].said
+    assert found["b"].batch == Price(prompt=1.0, completion=2.0) and found["b"].said
+    assert found["c"].batch == Price(prompt=0.1, completion=0.3) and found["c"].provider == "P"
+    path.write_text("dated = 2026-06-01\n[models.a]\nin = 1\nout = 2\n")
+    assert PriceFile.read(path).hosted["a"].batch == Price(prompt=0.5, completion=1.0)
+
+
+@pytest.mark.parametrize(
+    "line", ["batch = 2", 'batch = "half"', "batch_in = 1", "batch = 1\nbatch_in = 1\nbatch_out = 1", "ins = 1",
+             "provider = 3", "batch = nan"],
+)  # fmt: skip
+def test_broken_prices_of_a_batch(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "prices.toml"
+    path.write_text(f"dated = 2026-06-01\n[models.a]\nin = 1\nout = 2\n{line}\n")
+    with pytest.raises(BadFile, match="a"):
+        PriceFile.read(path)

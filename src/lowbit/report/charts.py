@@ -172,6 +172,16 @@ def end_labels(ends: list[list[Any]]) -> list[Markup]:
     ]
 
 
+def key_below(ends: list[list[Any]], left: float, top: float) -> list[Markup]:
+    """The lines' names below the plot, the highest line first, where there is no room beside it."""
+    found = []
+    for i, (_, _, name, series) in enumerate(sorted(ends)):
+        y = top + 20 * i + 8
+        found.append(Markup('<path class="line s-{}" d="M{} {}H{}"/>').format(series, left, place(y), left + 22))
+        found.append(Markup('<text class="name" x="{}" y="{}">{}</text>').format(left + 30, place(y + 4), name))
+    return found
+
+
 def x_axis(
     marks: Sequence[float],
     scale: float,

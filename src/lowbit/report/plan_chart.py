@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 from markupsafe import Markup
 
@@ -48,7 +47,7 @@ def memory_plot(
         path = "M" + "L".join(f"{charts.place(x)} {charts.place(y)}" for x, y in places)
         parts.append(Markup('<path class="line s-{}" d="{}"/>').format(series, path))
         ends.append([places[-1][1], places[-1][0], name, series])
-    parts += _key(ends, left, height) if narrow else charts.end_labels(ends)
+    parts += charts.key_below(ends, left, height) if narrow else charts.end_labels(ends)
     return charts.svg(width, height + (20 * len(ends) if narrow else 0), "Memory against context", parts)
 
 
@@ -57,13 +56,3 @@ def _level(mark: float, left: float, right: float, y: float) -> Markup:
     line = Markup('<path class="grid" d="M{} {}H{}"/>').format(left, charts.place(y), right)
     text = Markup('<text class="tick" text-anchor="end" x="{}" y="{}">{}</text>')
     return line + text.format(left - 8, charts.place(y + 4), charts.tick_label(mark))
-
-
-def _key(ends: list[list[Any]], left: float, top: float) -> list[Markup]:
-    """The lines' names below the plot, the highest line first, where there is no room beside it."""
-    found = []
-    for i, (_, _, name, series) in enumerate(sorted(ends)):
-        y = top + 20 * i + 8
-        found.append(Markup('<path class="line s-{}" d="M{} {}H{}"/>').format(series, left, charts.place(y), left + 22))
-        found.append(Markup('<text class="name" x="{}" y="{}">{}</text>').format(left + 30, charts.place(y + 4), name))
-    return found
