@@ -14,7 +14,7 @@ import json
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -26,16 +26,18 @@ _LONGEST = 2000  # characters of an answer in a sample
 _ENDS = " \t\n\r.,;:!?\"'`*"
 
 
-def draw(items: Iterable[tuple[int, str]], n: int, seed: int) -> list[int]:
-    """Numbers of n of the items (number, custom_id), each as likely as any other, in the order of their hashes."""
+T = TypeVar("T")
+
+
+def draw(items: Iterable[tuple[T, str]], n: int, seed: int) -> list[T]:
+    """n of the items (what is wanted of it, custom_id), each as likely as any other, in the order of their hashes."""
     key = seed.to_bytes(8, "big", signed=True)
 
-    def hashed() -> Iterable[tuple[bytes, int]]:
-        for number, custom_id in items:
-            digest = hashlib.blake2b(custom_id.encode("utf-8", "surrogatepass"), key=key, digest_size=16).digest()
-            yield digest, number
+    def hashed() -> Iterable[tuple[bytes, T]]:
+        for item, custom_id in items:
+            yield hashlib.blake2b(custom_id.encode("utf-8", "surrogatepass"), key=key, digest_size=16).digest(), item
 
-    return [number for _, number in heapq.nsmallest(n, hashed())]
+    return [item for _, item in heapq.nsmallest(n, hashed(), key=lambda pair: pair[0])]
 
 
 @dataclass(frozen=True, kw_only=True)
