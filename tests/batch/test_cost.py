@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lowbit.batch.break_even import MONTH, break_even, by_model, volumes, ways
-from lowbit.batch.cost import Cost, Machine, Work, cost
+from lowbit.batch.costs import Cost, Machine, Work, cost
 from lowbit.errors import BadOption, NotFound
 from lowbit.harness import Price
 from lowbit.harness.prices import Hosted, PriceFile, bundled

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lowbit.batch.agreement import Agreement, Pair, agreement
-from lowbit.batch.cost import Machine, Work, cost
+from lowbit.batch.costs import Machine, Work, cost
 from lowbit.cli import cost_table
 from lowbit.harness.prices import PriceFile, bundled
 from lowbit.measure.record import Figure

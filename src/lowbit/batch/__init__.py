@@ -16,11 +16,16 @@ from lowbit.errors import BadFile, BadOption
 from lowbit.units import format_duration
 
 if TYPE_CHECKING:
+    from lowbit.batch.agreement import Agreement
+    from lowbit.batch.checking import CheckOptions
+    from lowbit.batch.costs import Cost, Machine
     from lowbit.batch.engines import Engine
+    from lowbit.batch.estimation import Estimate
     from lowbit.batch.job import Job
     from lowbit.batch.options import BatchOptions
     from lowbit.batch.progress import Status
     from lowbit.batch.runner import Runner, Stop
+    from lowbit.harness import HarnessOptions
     from lowbit.model_server import ModelOptions
 
 Path_ = str | os.PathLike[str]
@@ -124,6 +129,65 @@ def results(source: Path_, out: Path_, *, journal: Path_ | None = None) -> int:
         return write(job.journal, Path(out), job.journal.get("schema"))
 
 
+def estimate(
+    source: Path_, *, model: str | None = None, endpoint: str | Sequence[str] | None = None,
+    endpoint_model: str | None = None, probe: int = 0, seed: int = 0, options: BatchOptions | None = None,
+    model_options: ModelOptions | None = None,
+) -> Estimate:  # fmt: skip
+    """What a batch will take: items, and tokens by the model's own tokenizer; with a probe of so many items, drawn at
+    random, time and the length of answers too. Nothing of it is kept.
+
+    Raises BadFile, BadOption, NotFound, RuntimeFailed.
+    """
+    from lowbit.batch.engines import EngineOptions, open_engine
+    from lowbit.batch.estimation import estimate as found
+    from lowbit.batch.items import BatchLines
+    from lowbit.batch.options import BatchOptions
+    from lowbit.model_server import ModelOptions
+
+    if probe < 0:
+        raise BadOption("impossible probe", found=probe, expected="a number of items")
+    options, engine = options or BatchOptions(), None
+    if probe:
+        engine = open_engine(EngineOptions(
+            model=model, endpoints=(endpoint,) if isinstance(endpoint, str) else tuple(endpoint or ()),
+            endpoint_model=endpoint_model, key=os.environ.get("LOWBIT_UPSTREAM_KEY"), slots=options.slots,
+            server=model_options or ModelOptions(), harness=options.harness,
+        ))  # fmt: skip
+    return found(BatchLines(Path(source)), model=model, engine=engine, probe=probe, seed=seed)
+
+
+def check(
+    source: Path_, options: CheckOptions, *, harness: HarnessOptions | None = None, journal: Path_ | None = None
+) -> Agreement | None:
+    """Asks a stronger model for some of the items that were answered, and says how often the two agree. Run again, it
+    goes on; None where the reference answered nothing. Raises NotFound, BadFile, BadOption, RuntimeFailed."""
+    from lowbit.batch import checking
+
+    with _existing(source, journal) as job:
+        return checking.check(job, options, harness)
+
+
+def cost(
+    source: Path_, machine: Machine, *, prices: Path_ | None = None, hosted: Sequence[str] = (),
+    journal: Path_ | None = None,
+) -> tuple[Cost, Agreement | None]:  # fmt: skip
+    """What a batch cost so far against hosted models, and what its last check found.
+
+    machine: what it costs. prices: a dated file; the one that comes with lowbit where there is none. hosted: names of
+    models in it to compare with, all of them where there are none
+
+    Raises NotFound, BadFile.
+    """
+    from lowbit.batch import checking, meter
+    from lowbit.batch.costs import cost as found
+    from lowbit.harness.prices import PriceFile, bundled
+
+    with _existing(source, journal) as job:
+        work = meter.work(job.journal)
+        return found(work, machine, PriceFile.read(prices or bundled()), hosted), checking.found(job)
+
+
 @contextlib.contextmanager
 def _existing(source: Path_, journal: Path_ | None) -> Iterator[Job]:
     from lowbit.batch.job import Job
@@ -156,6 +220,7 @@ def _told(source: Path_, journal: Path_ | None, state: str) -> Status:
 
 
 async def _run(job: Job, engine: Engine, options: BatchOptions, first: Any) -> tuple[Stop, int | None]:
+    from lowbit.batch.meter import Meter
     from lowbit.batch.progress import Counter
     from lowbit.batch.runner import Runner
 
@@ -166,9 +231,11 @@ async def _run(job: Job, engine: Engine, options: BatchOptions, first: Any) -> t
     counter = Counter(job.journal)
     if again and (done := counter.done()):
         console.log(f"{done:,} of {counter.total:,} items are done; going on")
+    meter = Meter(job.journal)
     with console.progress("batch", counter.total, unit="items") as bar:
 
         def tick() -> None:
+            meter.tick(working=job.journal.get("state") != "paused")
             done = counter.done()
             speed, left = counter.note(done)
             said = f"{done:,} of {counter.total:,}"

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowbit.batch.cost import Cost
+from lowbit.batch.costs import Cost
 
 MONTH = 730.5  # hours: a twelfth of 365.25 days
 

@@ -115,6 +115,12 @@ class Journal:
         with self._told():
             self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
 
+    def facts(self, prefix: str) -> dict[str, Any]:
+        """All facts whose keys begin so."""
+        end = prefix[:-1] + chr(ord(prefix[-1]) + 1)
+        rows = self.query("SELECT key, value FROM meta WHERE key >= ? AND key < ?", prefix, end)
+        return {key: json.loads(value) for key, value in rows}
+
     def _set_once(self, key: str, value: Any) -> None:
         self._db.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
 

@@ -10,20 +10,19 @@ import secrets
 import time
 from collections.abc import Sequence
 
-from lowbit.batch.cost import Work
+from lowbit.batch.costs import Work
 from lowbit.batch.journal import DONE, FAILED, Journal
 from lowbit.measure.energy import EnergyMeter
 from lowbit.measure.record import Figure, repeated
 
 _KEY = "span."
 _MOST, _LEAST = 20, 5  # stretches of a run that are compared with each other, and items in one of them
-# The usage of an answer: of /v1/responses in the newer words.
-_USAGE = (
-    "SELECT COALESCE(SUM(COALESCE(json_extract(body, '$.usage.prompt_tokens'),"
-    " json_extract(body, '$.usage.input_tokens'))), 0),"
-    " COALESCE(SUM(COALESCE(json_extract(body, '$.usage.completion_tokens'),"
-    " json_extract(body, '$.usage.output_tokens'))), 0) FROM (SELECT CAST(r.body AS TEXT) AS body FROM results r JOIN items i ON i.number = r.number WHERE i.state = ?)"
-)
+# The usage of an answer; /v1/responses has newer words for it.
+_PROMPT = "COALESCE(json_extract(body, '$.usage.prompt_tokens'), json_extract(body, '$.usage.input_tokens'))"
+_COMPLETION = "COALESCE(json_extract(body, '$.usage.completion_tokens'), json_extract(body, '$.usage.output_tokens'))"
+_USAGE = f"""
+SELECT COALESCE(SUM({_PROMPT}), 0), COALESCE(SUM({_COMPLETION}), 0) FROM
+(SELECT CAST(r.body AS TEXT) AS body FROM results r JOIN items i ON i.number = r.number WHERE i.state = ?)"""
 
 
 class Meter:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING, Any
 
+from lowbit.cli import batch_money
 from lowbit.cli.model_flags import add_harness, add_server, harness_options, model_options
 from lowbit.cli.output import add_json, write_result
-from lowbit.cli.training import minutes, positive, positive_number
+from lowbit.cli.training import minutes, positive, positive_number, whole
 
 if TYPE_CHECKING:
     from lowbit.batch.progress import Status
 
 COMMANDS = {
     "run": "run a batch; stopped or killed, the same command goes on from there",
+    "estimate": "before it is run: items, tokens, and with a probe time and cost",
+    "cost": "what it cost against hosted models, the break-even, and what its check found",
     "status": "how far it is: counts, rate, time left, errors by kind",
     "results": "write the results that there are so far",
     "pause": "have it end what is under way, free the model's memory, and wait",
@@ -33,7 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> list[argparse.ArgumentPars
         if name == "run":
             _add_run(sub)
             continue
+        if name == "estimate":
+            _add_estimate(sub)
+            continue
         sub.add_argument("source", metavar="IN.jsonl", help="the batch's input")
+        if name == "cost":
+            batch_money.add_money(sub)
         if name == "results":
             sub.add_argument("-o", "--out", metavar="FILE", required=True, help="OUT.jsonl or OUT.parquet")
         if name == "status":
@@ -53,14 +62,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         help="OUT.jsonl, or OUT.parquet, written when all is done; errors also go to OUT.errors.jsonl, with what was "
         "tried",
     )
-    parser.add_argument("--model", "-m", metavar="MODEL|ARTIFACT", help="a GGUF, a run folder or a packaged name")
-    parser.add_argument(
-        "--endpoint",
-        metavar="URL",
-        action="append",
-        help="instead: an OpenAI-compatible server, up to /v1; LOWBIT_UPSTREAM_KEY is its key",
-    )
-    parser.add_argument("--endpoint-model", metavar="NAME", help="the model's name there, put into every request")
+    _add_answering(parser)
     parser.add_argument("--engine", metavar="NAME", help="what runs it (default: told by --model or --endpoint)")
     parser.add_argument("--minutes", type=minutes, metavar="N", help="stop after so long; the same command goes on")
     parser.add_argument("--patience", type=positive_number, default=600.0, metavar="S",
@@ -72,8 +74,34 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--restart", action="store_true", help="forget what was done, and begin anew")
     _add_journal(parser)
     add_json(parser)
+    batch_money.add_money(parser)
+    batch_money.add_check(parser)
     add_server(parser)
     add_harness(parser)
+
+
+def _add_estimate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="IN.jsonl", help=_IN)
+    _add_answering(parser, ": its tokenizer counts, and the probe asks it")
+    parser.add_argument("--probe", type=whole, default=0, metavar="N",
+                        help="ask for N items, drawn at random, and measure; nothing is kept (default: 0)")  # fmt: skip
+    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="of the draw (default: 0)")
+    add_json(parser)
+    batch_money.add_money(parser)
+    add_server(parser)
+    add_harness(parser)
+
+
+def _add_answering(parser: argparse.ArgumentParser, of: str = "") -> None:
+    said = f"a GGUF, a run folder or a packaged name{of}"
+    parser.add_argument("--model", "-m", metavar="MODEL|ARTIFACT", help=said)
+    parser.add_argument(
+        "--endpoint",
+        metavar="URL",
+        action="append",
+        help="instead: an OpenAI-compatible server, up to /v1; LOWBIT_UPSTREAM_KEY is its key",
+    )
+    parser.add_argument("--endpoint-model", metavar="NAME", help="the model's name there, put into every request")
 
 
 def _add_journal(parser: argparse.ArgumentParser) -> None:
@@ -83,6 +111,8 @@ def _add_journal(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.command == "run":
         return _run(args)
+    if args.command in ("estimate", "cost"):
+        return batch_money.run_estimate(args) if args.command == "estimate" else batch_money.run_cost(args)
     from lowbit import batch, console
 
     if args.command == "results":
@@ -99,6 +129,8 @@ def _run(args: argparse.Namespace) -> int:
     from lowbit import batch, console
     from lowbit.batch.options import BatchOptions
 
+    check = batch_money.check_of(args)
+    batch_money.machine_of(args)  # now, not when the work is done
     options = BatchOptions(
         slots=args.slots, harness=harness_options(args), tries=args.item_tries, minutes=args.minutes,
         patience=args.patience, strict=args.strict, restart=args.restart, retry_failed=args.retry_failed,
@@ -111,8 +143,14 @@ def _run(args: argparse.Namespace) -> int:
 
     for line in ended(ran):
         console.log(line)
+    found = ran.status.as_json()
+    if check is not None and ran.stop == "completed":
+        batch.check(args.source, check, harness=options.harness, journal=args.journal)
+    if batch_money.wanted(args):
+        free = args.out != "-" and args.json != "-"
+        found |= batch_money.show_cost(args, to=sys.stdout if free else sys.stderr)
     if args.json is not None:
-        write_result(ran.status.as_json(), args.json)
+        write_result(found, args.json)
     return ran.exit_code
 
 

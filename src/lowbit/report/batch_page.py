@@ -8,7 +8,7 @@ from typing import Any
 
 from lowbit.batch.agreement import Agreement
 from lowbit.batch.break_even import BreakEven, break_even, by_model, volumes, ways
-from lowbit.batch.cost import Cost
+from lowbit.batch.costs import Cost
 from lowbit.files import replacing
 from lowbit.measure.record import Figure
 from lowbit.report import charts, cost_chart

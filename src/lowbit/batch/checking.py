@@ -177,7 +177,7 @@ class _Endpoint(Engine):
 
     async def ask(self, item: Item) -> dict[str, Any]:
         if item.url == "/v1/completions" and self._priced:
-            raise HarnessError("text to be gone on with is not sent where it costs money", code="unpriced")
+            raise HarnessError("text to be gone on with is not sent where it costs money", status=400, code="unpriced")
         return await self._caller.ask(item)
 
     async def ready(self) -> bool:
@@ -211,9 +211,7 @@ async def _ask_all(job: Job, fact: dict[str, Any], numbers: list[int], engine: E
 
     with console.progress("check", len(numbers), unit="items") as bar:
         async with engine:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(min(engine.slots, len(numbers))):
-                    group.create_task(worker(bar))
+            await asyncio.gather(*(worker(bar) for _ in range(min(engine.slots, len(numbers)))))
     return stopped[0] if stopped else None
 
 
@@ -251,7 +249,9 @@ def _drawn(job: Job, fact: dict[str, Any]) -> tuple[list[int], int]:
 
 
 def _item(job: Job, number: int) -> Item:
-    place = Place(*next(job.journal.query("SELECT line, offset, length, custom_id FROM items WHERE number = ?", number)))
+    place = Place(
+        *next(job.journal.query("SELECT line, offset, length, custom_id FROM items WHERE number = ?", number))
+    )
     try:
         return job.item(Lease(number, place, 0, 0, False))
     except NoItem as error:  # it was one when it was answered

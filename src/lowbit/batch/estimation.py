@@ -16,13 +16,14 @@ from typing import Any
 
 from lowbit import console, model_server
 from lowbit.batch.agreement import draw
-from lowbit.batch.cost import Work
+from lowbit.batch.costs import Work
 from lowbit.batch.engines import Engine
 from lowbit.batch.engines.base import Lost, NotReached
 from lowbit.batch.items import Item, NoItem, Place, Reader, read_place
 from lowbit.batch.meter import per_item
 from lowbit.errors import BadFile, LowbitError, RuntimeFailed
-from lowbit.harness import HarnessError
+from lowbit.harness import HarnessError, of_model
+from lowbit.harness.escape import Escaper
 from lowbit.measure.energy import EnergyMeter
 from lowbit.measure.record import Figure, exact, repeated
 from lowbit.run.base import Runtime
@@ -134,21 +135,25 @@ def _prompt(sample: Sequence[Item], model: str, items: int) -> Figure:
     """Prompt tokens an item, with an interval unless all were counted."""
     from lowbit.run._llama_vocab import LlamaVocab
 
-    with LlamaVocab(model_server.artifact(model)) as vocab:
-        counts = [float(_tokens(item, vocab)) for item in sample]
+    path = model_server.artifact(model)
+    escaper = Escaper(of_model.control_tokens(path))  # the harness sends text with control tokens in it escaped
+    with LlamaVocab(path) as vocab:
+        counts = [float(_tokens(item, vocab, escaper)) for item in sample]
     if len(counts) == items or len(counts) < 2:
         return exact(sum(counts) / len(counts), "tokens", len(counts))
     return _of_population(repeated(counts, "tokens"), items)
 
 
-def _tokens(item: Item, vocab: Runtime) -> int:
+def _tokens(item: Item, vocab: Runtime, escaper: Escaper) -> int:
     """Prompt tokens of a request, as the model's server counts them."""
     prompt = item.body.get("prompt")
     if item.url == "/v1/completions":
         return len(prompt) if isinstance(prompt, list) else len(vocab.tokenize(str(prompt), add_special=True))
     messages = item.body.get("messages") or [{"role": "user", "content": str(item.body.get("input") or "")}]
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        return 0  # refused in the batch as well
     try:
-        return len(vocab.prompt_of(messages))
+        return len(vocab.prompt_of([escaper.message(message)[0] for message in messages]))
     except LowbitError:  # a request that the template refuses fails in the batch too, or is mended by the harness
         text = "\n".join(str(message.get("content") or "") for message in messages)
         return len(vocab.tokenize(text, add_special=True))
