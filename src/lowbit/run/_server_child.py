@@ -109,6 +109,10 @@ def _params(xllamacpp: Any, job: dict[str, Any]) -> Any:
         name = "ENABLED" if job["flash_attention"] else "DISABLED"
         params.flash_attn_type = getattr(states, f"LLAMA_FLASH_ATTN_TYPE_{name}")
     params.swa_full, params.kv_unified = job["swa_full"], job["kv_unified"]
+    if job["cache_ram"] is not None:
+        params.cache_ram_mib = job["cache_ram"]
+    if job["idle_cache"] is not None:
+        params.cache_idle_slots = job["idle_cache"]
     params.model_alias = {job["alias"]}
     params.endpoint_props = params.endpoint_slots = True
     params.fit_params, params.ui = False, job["ui"]

@@ -26,6 +26,9 @@ class ServerOptions:
     flash_attention: [-fa]
     swa_full:        sliding-window layers keep the whole context: needed to use a shared prefix again [--swa-full]
     kv_unified:      one cache for all slots [-kvu]
+    cache_ram:       MiB of memory for prompts that lost their slot; 0 keeps none [--cache-ram]
+    idle_cache:      whether, each time a request starts, the slots at rest are copied to that memory and, with a
+                     unified cache, emptied [--cache-idle-slots]
     drafter:         a GGUF that guesses ahead for speculative decoding [-md]
     draft_tokens:    how many it guesses [--spec-draft-n-max]
     mmproj:          projector for images and sound [-mm]
@@ -51,6 +54,8 @@ class ServerOptions:
     flash_attention: bool | None = None
     swa_full: bool = False
     kv_unified: bool = False
+    cache_ram: int | None = None
+    idle_cache: bool | None = None
     drafter: str | os.PathLike[str] | None = None
     draft_tokens: int | None = None
     mmproj: str | os.PathLike[str] | None = None
@@ -119,11 +124,13 @@ class ServerOptions:
             words += ["-fa", "on" if self.flash_attention else "off"]
         words += ["--swa-full"] if self.swa_full else []
         words += ["-kvu"] if self.kv_unified else ["-no-kvu"]
+        if self.idle_cache is not None:
+            words += ["--cache-idle-slots" if self.idle_cache else "--no-cache-idle-slots"]
         for flag, value in (
             ("-md", self.drafter), ("--spec-type", _draft_type(self.drafter)),
             ("--spec-draft-n-max", self.draft_tokens), ("-mm", self.mmproj),
             ("--chat-template-file", self.template), ("--slot-save-path", self.slot_folder),
-            ("--reasoning-format", self.reasoning),
+            ("--reasoning-format", self.reasoning), ("--cache-ram", self.cache_ram),
         ):  # fmt: skip
             words += [] if value is None else [flag, value]
         return [os.fspath(word) if isinstance(word, os.PathLike) else str(word) for word in (*words, *self.extra)]
@@ -131,7 +138,7 @@ class ServerOptions:
 
 _PLAIN = (
     "context", "slots", "batch", "ubatch", "flash_attention", "swa_full", "kv_unified", "draft_tokens", "reasoning",
-    "verbosity", "ui",
+    "verbosity", "ui", "cache_ram", "idle_cache",
 )  # fmt: skip
 
 
