@@ -39,7 +39,7 @@ class ModelOptions:
     context:   tokens of all slots together; None is the longest that fits
     slots:     requests at a time, which share one cache unless kv_unified is False
     kv_type:   of the cache, or two as K:V
-    threads, drafter, mmproj, template, llama_server: as run.llama_server has them
+    swa_full, threads, drafter, mmproj, template, llama_server, idle_cache, slot_folder: as run.llama_server has them
     """
 
     context: int | None = None
@@ -52,6 +52,8 @@ class ModelOptions:
     mmproj: Path | None = None
     template: Path | None = None
     llama_server: str | None = None
+    idle_cache: bool | None = None
+    slot_folder: Path | None = None
 
 
 def artifact(model: str | Path) -> Path:
@@ -95,15 +97,38 @@ def settled(path: Path, options: ModelOptions) -> ModelOptions:
     return options if options.context is not None else replace(options, context=fitting(path, options))
 
 
+def apart(path: Path, options: ModelOptions, tokens: int) -> ModelOptions | None:
+    """Slots with caches of their own, each for so many tokens (no more than the model was trained for): as many, of
+    ``options.slots`` and its halves, as leave a GiB of memory free. None where not even two do.
+
+    A cache that all share takes any mix of lengths, but every token then looks at the cells of every slot: with 16
+    slots on a CPU that cost a quarter of the throughput (dev/LOG.md).
+    """
+    slots, free = options.slots or _SLOTS, memory.available_bytes()
+    with plan.open_model(path) as model:
+        tokens = min(tokens, model.trained_context)
+        while slots > 1:
+            found = replace(options, slots=slots, kv_unified=False, context=slots * tokens)
+            asked = replace(_plan_options(found), context=slots * tokens)
+            if free is None or plan.plan_open(model, asked).total_bytes <= free - _MARGIN:
+                return found
+            slots //= 2
+    return None
+
+
+def _plan_options(options: ModelOptions) -> plan.PlanOptions:
+    types = _kv_types.parse(options.kv_type)
+    return plan.PlanOptions(
+        slots=options.slots, kv_unified=options.kv_unified, swa_full=options.swa_full, kv_type_k=types.k,
+        kv_type_v=types.v, drafter=options.drafter, mmproj=options.mmproj,
+    )  # fmt: skip
+
+
 def fitting(path: Path, options: ModelOptions) -> int:
     """The longest context, of the trained one and its halves, with which the plan leaves a GiB of memory free."""
-    types = _kv_types.parse(options.kv_type)
     free = memory.available_bytes()
     with plan.open_model(path) as model:
-        asked = plan.PlanOptions(
-            slots=options.slots, kv_unified=options.kv_unified, swa_full=options.swa_full, kv_type_k=types.k,
-            kv_type_v=types.v, drafter=options.drafter, mmproj=options.mmproj,
-        )  # fmt: skip
+        asked = _plan_options(options)
         first = plan.plan_open(model, asked)
         context, total = int(first.settings["context"]), first.total_bytes
         while free is not None and total > free - _MARGIN:
@@ -172,6 +197,7 @@ class ModelServer:
             LlamaServer, self._path, context=o.context, slots=o.slots, kv_unified=bool(o.kv_unified),
             kv_type=o.kv_type, swa_full=o.swa_full, threads=o.threads, drafter=o.drafter, mmproj=o.mmproj,
             template=o.template, llama_server=o.llama_server, alias=self._path.stem, api_key=self.key, ui=self._page,
+            idle_cache=o.idle_cache, slot_folder=o.slot_folder,
         )  # fmt: skip
         self._on_start(self._server.url)
 

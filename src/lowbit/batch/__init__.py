@@ -228,6 +228,7 @@ async def _run(job: Job, engine: Engine, options: BatchOptions, first: Any) -> t
     job.begin(options.deciding() | await engine.deciding(), strict=options.strict)
     if first is not None and (count := first(job)):
         console.log(f"{count:,} items that had failed are asked again")
+    engine.expect(job.journal.longest())
     counter = Counter(job.journal)
     if again and (done := counter.done()):
         console.log(f"{done:,} of {counter.total:,} items are done; going on")

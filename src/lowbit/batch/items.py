@@ -36,12 +36,13 @@ class Place:
 @dataclass(frozen=True, slots=True)
 class Item:
     """A request. body: of the request, url: which of URLS it goes to. check: says what else is wrong with a value that
-    follows the schema, or None."""
+    follows the schema, or None. shared: whether others that come with it begin alike."""
 
     custom_id: str
     url: str
     body: dict[str, Any]
     check: Callable[[Any], str | None] | None = None
+    shared: bool = False
 
 
 class NoItem(Exception):

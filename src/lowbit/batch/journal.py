@@ -13,6 +13,7 @@ WAL with synchronous=NORMAL: a killed process loses nothing, a power cut the las
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import sqlite3
 import time
@@ -211,8 +212,13 @@ class Journal:
 
     # The work
 
-    def lease(self, most: int) -> list[Lease]:
-        """Up to so many waiting items, suspects only when there are no others, and then one."""
+    def longest(self) -> int:
+        """Bytes of the longest item."""
+        return self._one("SELECT coalesce(max(length), 0) FROM items")
+
+    def lease(self, most: int, largest: int = 1 << 62) -> list[Lease]:
+        """Up to so many waiting items and bytes of IN, but one; suspects only when there are no others, and then
+        one."""
         with self.transaction():
             rows = self._db.execute(
                 "SELECT number, line, offset, length, custom_id, tries, strikes, points >= 4 FROM items"
@@ -221,6 +227,8 @@ class Journal:
             ).fetchall()
             found = [Lease(r[0], Place(*r[1:5]), r[5], r[6], bool(r[7])) for r in rows]
             found = [lease for lease in found if not lease.suspect] or found[:1]
+            sizes = itertools.accumulate(lease.place.length for lease in found)
+            found = [lease for lease, size in zip(found, sizes, strict=True) if size <= largest] or found[:1]
             self._db.executemany(
                 "UPDATE items SET state = ?, owner = ?, sent = 0 WHERE number = ?",
                 [(LEASED, self._owner, lease.number) for lease in found],

@@ -7,13 +7,14 @@ import contextlib
 import enum
 import json
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from lowbit.batch.engines.base import Engine, Lost, NotReached
-from lowbit.batch.items import Item, NoItem
+from lowbit.batch.intake import Intake
+from lowbit.batch.items import Item
 from lowbit.batch.job import Job
 from lowbit.batch.journal import NO_REQUEST, Lease, Result
 from lowbit.batch.options import BatchOptions
@@ -72,7 +73,6 @@ class Runner:
         self._job, self._journal, self._engine, self._options = job, job.journal, engine, options
         self._on_tick = on_tick
         self._under_way: dict[asyncio.Task[_Ended], Lease] = {}
-        self._queue: deque[Lease] = deque()
         self._staged = _Staged()
         self._asked = asyncio.Event()
         self._begun = self._heard = time.monotonic()
@@ -116,6 +116,7 @@ class Runner:
                     await entering
                 return Stop.ASKED
             await entering
+            self._intake = Intake(self._job, self._engine, self._no_item)
             try:
                 return await self._work(asked)
             finally:
@@ -195,23 +196,20 @@ class Runner:
     def _start_some(self) -> None:
         starting: list[tuple[Lease, Item]] = []
         alone = any(lease.suspect for lease in self._under_way.values())
-        while not alone and not self._resting() and len(self._under_way) + len(starting) < self._engine.slots:
-            if not self._queue:
-                self._queue.extend(self._journal.lease(2 * self._engine.slots))
-            if not self._queue or (self._queue[0].suspect and (self._under_way or starting)):
+        while not alone and not self._resting() and len(self._under_way) + len(starting) < self._intake.slots:
+            first = self._intake.first()
+            if first is None or (first.suspect and (self._under_way or starting)):
                 break
-            lease = self._queue.popleft()
-            try:
-                starting.append((lease, self._job.item(lease)))
-            except NoItem as error:
-                self._staged.results.append(_no_request(lease, str(error)))
-                continue
-            self._staged.sent.append(lease.number)
-            alone = lease.suspect
+            starting.append(self._intake.take())
+            self._staged.sent.append(first.number)
+            alone = first.suspect
         if self._staged.any() and time.monotonic() - self._committed >= _GROUP:
             self._flush()  # before the requests go out: who kills this process is known by it
         for lease, item in starting:
             self._under_way[asyncio.ensure_future(self._one(lease, item))] = lease
+
+    def _no_item(self, lease: Lease, problem: str) -> None:
+        self._staged.results.append(_no_request(lease, problem))
 
     async def _one(self, lease: Lease, item: Item) -> _Ended:
         begun = time.monotonic()
@@ -226,6 +224,7 @@ class Runner:
         except HarnessError as error:
             return self._failed(lease, error, time.monotonic() - begun)
         self._went_well()
+        self._intake.answered(body)
         return _Ended(_result(lease, 200, None, body, time.monotonic() - begun))
 
     def _not_reached(self, lease: Lease, error: NotReached) -> _Ended:
@@ -334,9 +333,8 @@ class Runner:
                 self._staged.results.append(result)
             else:
                 self._staged.back.append(lease.number)
-        self._staged.back += [lease.number for lease in self._queue]
+        self._staged.back += self._intake.give_back()
         self._under_way.clear()
-        self._queue.clear()
         self._flush()
 
 

@@ -81,9 +81,13 @@ class HttpUpstream:
             return await self._object(response)
 
     async def ask(self, path: str, body: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """What a POST gives, a JSON object. Raises UpstreamFailed."""
-        body = self._body(body, stream=False)
-        async with _Exchange(self._client(), "POST", self.url + path, body, self._headers, seconds) as response:
+        """What a POST of a request gives, a JSON object. Raises UpstreamFailed."""
+        return await self.post(path, self._body(body, stream=False), seconds)
+
+    async def post(self, path: str, body: dict[str, Any], seconds: float, *, root: str | None = None) -> dict[str, Any]:
+        """What a POST of any JSON object gives, a JSON object. Raises UpstreamFailed."""
+        url = (root or self.url) + path
+        async with _Exchange(self._client(), "POST", url, body, self._headers, seconds) as response:
             return await self._object(response)
 
     async def chunks(self, path: str, body: dict[str, Any], seconds: float) -> AsyncIterator[dict[str, Any]]:

@@ -4,6 +4,7 @@ harness that they share."""
 from __future__ import annotations
 
 import abc
+import platform
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -11,6 +12,7 @@ from lowbit.batch.items import Item
 from lowbit.harness import BadRequest, Harness, HarnessError, HarnessOptions, HttpUpstream, UpstreamFailed, text, urls
 from lowbit.harness.responses import Responses
 from lowbit.model_server import ModelOptions
+from lowbit.threads import available_cores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +46,23 @@ class Lost(Exception):
 class Engine(abc.ABC):
     """An async context manager: entered, it can answer; left, what it started has ended.
 
-    slots: requests that it can have under way, at any moment
+    slots:  requests that it can have under way, at any moment
+    probed: whether fewer may be faster, which only a probe can tell
     """
 
     name: ClassVar[str]
+    probed = False
 
     def __init__(self, options: EngineOptions) -> None:
         self.options = options
         self.slots = options.slots or 1
+
+    def expect(self, longest: int) -> None:  # noqa: B027 (most engines have no use for it)
+        """Before it is entered: the bytes of the longest request."""
+
+    def place(self) -> str:
+        """What its speed depends on beside the model: what a probe found is of there."""
+        return f"{self.name} on {platform.node()}, {available_cores()} cores"
 
     @classmethod
     @abc.abstractmethod

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from lowbit import console, model_server
-from lowbit.batch.engines.base import Caller, CarefulUpstream, Engine, EngineOptions, NotReached
+from lowbit.batch.engines._pinned import SHARED, PinnedUpstream
+from lowbit.batch.engines.base import Caller, Engine, EngineOptions, NotReached
 from lowbit.batch.items import Item
 from lowbit.errors import BadOption
 from lowbit.harness import Harness
-from lowbit.model_server import ModelServer
+from lowbit.model_server import ModelOptions, ModelServer
 from lowbit.units import MIB
 
-_SLOTS = 4
+_SLOTS = 16  # at most; a probe finds how many of them are worth it
+_ROOM = 1024  # tokens of a slot beyond what the longest request needs, for an answer
+_LARGEST = 1 << 30  # bytes that states of slots may take of the disk
 
 
 class Local(Engine):
@@ -27,8 +32,17 @@ class Local(Engine):
             raise BadOption("which model?", expected="--model MODEL")
         self._path = model_server.artifact(options.model)
         self.slots = options.slots or options.server.slots or _SLOTS
+        self.probed = options.slots is None and options.server.slots is None
+        self._longest = 0
         self._caller: Caller | None = None
         self._server: ModelServer | None = None
+        self._states: tempfile.TemporaryDirectory[str] | None = None
+
+    def expect(self, longest: int) -> None:
+        self._longest = longest
+
+    def place(self) -> str:
+        return f"{super().place()}, {self.options.server.threads or 'all'} threads"
 
     @classmethod
     def suits(cls, options: EngineOptions) -> bool:
@@ -41,9 +55,13 @@ class Local(Engine):
         return {"model": _identity(self._path), "kv": server.kv_type, **files}
 
     async def __aenter__(self) -> Self:
-        settled = model_server.settled(self._path, replace(self.options.server, slots=self.slots))
+        self._states = tempfile.TemporaryDirectory(prefix="lowbit-slots-")
+        folder = Path(self._states.name)
+        settled = replace(self._settled(), idle_cache=False, slot_folder=folder)
+        self.slots = settled.slots or self.slots
+        upstream = PinnedUpstream(model_server.NOWHERE)
+        upstream.pin(self.slots, folder, min(_LARGEST, shutil.disk_usage(folder).free // 10))
         # What a request does to the server is counted by the runner, for each item.
-        upstream = CarefulUpstream(model_server.NOWHERE)
         _, server, special = model_server.prepared(self._path, settled, restarts=1 << 30, upstream=upstream)
         console.log(f"Loading {self._path.name} with a context of {settled.context:,} for {settled.slots} slots ...")
         harness = Harness(upstream, self.options.harness, special=special)
@@ -60,13 +78,16 @@ class Local(Engine):
             await self._server.close()
         if self._caller is not None:
             await self._caller.upstream.close()
-        self._server = self._caller = None
+        if self._states is not None:
+            self._states.cleanup()
+        self._server = self._caller = self._states = None
 
     async def ask(self, item: Item) -> dict[str, Any]:
         caller, server = self._caller, self._server
         assert caller is not None and server is not None
         if server.given_up is not None:
             raise NotReached(server.given_up, final=True)
+        SHARED.set(item.shared)  # in this request's task alone
         return await caller.ask(item)
 
     async def ready(self) -> bool:
@@ -74,6 +95,16 @@ class Local(Engine):
         if self._server.given_up is not None:
             return True  # ask() says why
         return await self._caller.ready()
+
+    def _settled(self) -> ModelOptions:
+        """A cache for each slot, with room for the longest request; one for all where that does not fit."""
+        asked = replace(self.options.server, slots=self.slots, swa_full=True)
+        if asked.context is None and asked.kv_unified is None:
+            need = 2048  # tokens; one has more than two bytes, in any language
+            while need < self._longest // 2 + _ROOM:
+                need *= 2
+            asked = model_server.apart(self._path, asked, need) or asked
+        return model_server.settled(self._path, asked)
 
 
 def _identity(path: Path) -> str:
