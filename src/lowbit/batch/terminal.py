@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from lowbit.batch.probe import words
 from lowbit.batch.progress import Status
 from lowbit.units import format_duration
 
@@ -31,6 +32,8 @@ def lines(status: Status) -> list[str]:
         rows.append(("rate", f"{status.per_second:.3g} items a second lately, {left}"))
     tokens = status.usage
     rows.append(("tokens", f"{tokens['prompt_tokens']:,} in, {tokens['completion_tokens']:,} out, all tries included"))
+    if status.slots:
+        rows.append(("at a time", words(status.slots)))
     if status.runners:
         rows.append(("at work", ", ".join(f"pid {runner.pid}" for runner in status.runners)))
     return found + [f"  {name:<10} {text}" for name, text in rows]

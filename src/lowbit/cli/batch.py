@@ -76,7 +76,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
     batch_money.add_money(parser)
     batch_money.add_check(parser)
-    add_server(parser)
+    add_server(parser, "default: a probe finds them")
     add_harness(parser)
 
 
