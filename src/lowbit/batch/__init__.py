@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowbit import console, files
-from lowbit.errors import BadFile, BadOption
+from lowbit.errors import BadOption
 from lowbit.units import format_duration
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from lowbit.batch.options import BatchOptions
     from lowbit.batch.progress import Status
     from lowbit.batch.runner import Runner, Stop
+    from lowbit.batch.table import TableOptions
     from lowbit.harness import HarnessOptions
     from lowbit.model_server import ModelOptions
 
@@ -55,14 +57,18 @@ def run(
     endpoint: str | Sequence[str] | None = None,
     endpoint_model: str | None = None,
     engine: str | None = None,
+    table: TableOptions | None = None,
+    form: str | None = None,
     options: BatchOptions | None = None,
     model_options: ModelOptions | None = None,
     journal: Path_ | None = None,
 ) -> Ran:
     """Runs a batch, or goes on with it, until it is done or told to stop (SIGINT, SIGTERM, pause, cancel).
 
-    source:         IN, OpenAI's Batch JSONL
-    out:            OUT, Batch JSONL or .parquet, written when the batch is done
+    source:         IN: OpenAI's Batch JSONL, or with ``table`` rows of CSV, JSONL or Parquet; "-" is standard input
+    out:            OUT: Batch JSONL or .parquet, written when the batch is done; "-" is standard output
+    table:          how a row becomes a request
+    form:           jsonl, csv or parquet, where IN's name does not tell
     model:          a GGUF, a run folder, a packaged name: llama.cpp's server is started for it
     endpoint:       or URLs of OpenAI-compatible servers, up to and with /v1; LOWBIT_UPSTREAM_KEY is their key
     endpoint_model: the model's name there, put into every request
@@ -71,16 +77,14 @@ def run(
 
     Raises BadFile, BadOption, NotFound, CannotWrite, RuntimeFailed. Whatever it raises, the same call goes on.
     """
+    from lowbit.batch import sources
     from lowbit.batch.engines import EngineOptions, open_engine
-    from lowbit.batch.job import Job, folder_of, restart, retry_failed
+    from lowbit.batch.job import Job, restart
     from lowbit.batch.options import BatchOptions
     from lowbit.model_server import ModelOptions
 
     options = options or BatchOptions()
-    path = Path(source)
-    if not path.is_file():
-        raise BadFile("no such file", where=path, expected="requests, one a line")
-    if out is not None:
+    if out is not None and os.fspath(out) != sources.STDIN:
         files.check_writable(out)
     engine_options = EngineOptions(
         model=model, endpoints=(endpoint,) if isinstance(endpoint, str) else tuple(endpoint or ()),
@@ -88,14 +92,20 @@ def run(
         server=model_options or ModelOptions(), harness=options.harness,
     )  # fmt: skip
     answering = open_engine(engine_options, engine)
-    folder = Path(journal) if journal is not None else folder_of(path)
+    kept = None if journal is None else Path(journal)
+    path, folder = sources.named(source, out, kept, anew=options.restart)
+    opened = sources.open_source(path, folder, table, form)
+    settings = {} if table is None else table.deciding()
     if options.restart:
         restart(path, folder)
-    with Job(path, folder) as job:
-        if out is not None:
+    with Job(path, folder, opened.reader, grows=opened.grows) as job:
+        if out is not None and os.fspath(out) != sources.STDIN:
             job.journal.set("out", str(Path(out).absolute()))
-        stop, number = asyncio.run(_run(job, answering, options, retry_failed if options.retry_failed else None))
-        return _ended(job, stop, number, None if out is None else Path(out))
+        stop, number = asyncio.run(_run(job, answering, options, settings))
+        ran = _ended(job, stop, number, None if out is None else Path(out))
+    if folder.parent == sources.cache() and ran.out is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+    return ran
 
 
 def status(source: Path_, *, journal: Path_ | None = None) -> Status:
@@ -219,14 +229,15 @@ def _told(source: Path_, journal: Path_ | None, state: str) -> Status:
         return found(job)
 
 
-async def _run(job: Job, engine: Engine, options: BatchOptions, first: Any) -> tuple[Stop, int | None]:
+async def _run(job: Job, engine: Engine, options: BatchOptions, settings: dict[str, Any]) -> tuple[Stop, int | None]:
+    from lowbit.batch.job import retry_failed
     from lowbit.batch.meter import Meter
     from lowbit.batch.progress import Counter
     from lowbit.batch.runner import Runner
 
     again = job.journal.get("settings") is not None
-    job.begin(options.deciding() | await engine.deciding(), strict=options.strict)
-    if first is not None and (count := first(job)):
+    job.begin(settings | options.deciding() | await engine.deciding(), strict=options.strict)
+    if options.retry_failed and (count := retry_failed(job)):
         console.log(f"{count:,} items that had failed are asked again")
     engine.expect(job.journal.longest())
     counter = Counter(job.journal)
@@ -281,6 +292,7 @@ def _ended(job: Job, stop: Stop, number: int | None, out: Path | None) -> Ran:
 
     now = found(job)
     if stop in (Stop.COMPLETED, Stop.CANCELLED) and out is not None:
-        count = write(job.journal, out, job.journal.get("schema"))
-        return Ran(stop=stop.value, status=now, out=out, errors=errors_path(out) if count else None)
+        errors = job.folder / "errors.jsonl" if str(out) == "-" else errors_path(out)
+        count = write(job.journal, out, job.journal.get("schema"), errors)
+        return Ran(stop=stop.value, status=now, out=out, errors=errors if count else None)
     return Ran(stop=stop.value, status=now, signal=number)

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from lowbit import console
-from lowbit.batch.items import BatchLines, Item, Place, Reader, read_place
+from lowbit.batch.items import BatchLines, Item, NoItem, Place, Reader, read_place
 from lowbit.batch.journal import CANCELLED, FAILED, Journal, Lease
 from lowbit.errors import BadFile, BadOption, NotFound
+from lowbit.files import cannot_write
 from lowbit.units import MIB
 
 SUFFIX = ".lowbit-batch"
 _DATABASE = "journal.sqlite"
-_FLAGS = {"model": "--model", "kv": "--kv", "template": "--template", "system": "--system", "schema": "--schema"}
+_FLAGS = {"layers": "--without", "required": "--require"}  # where another than the setting's name
 
 
 def folder_of(source: Path) -> Path:
@@ -31,10 +31,11 @@ def folder_of(source: Path) -> Path:
 
 
 class Job:
-    """An open job. A context manager. source: IN, which ``reader`` reads. Raises BadFile, CannotWrite."""
+    """An open job. A context manager. source: IN, which ``reader`` reads. grows: whether lines may be added to it.
+    Raises BadFile, CannotWrite."""
 
-    def __init__(self, source: Path, folder: Path, reader: Reader | None = None) -> None:
-        self.source, self.folder = source, folder
+    def __init__(self, source: Path, folder: Path, reader: Reader | None = None, *, grows: bool = True) -> None:
+        self.source, self.folder, self._grows = source, folder, grows
         self.reader: Reader = reader or BatchLines(source)
         self.journal = Journal(folder / _DATABASE)
         self._stat: tuple[int, int, int] | None = None
@@ -89,11 +90,24 @@ class Job:
             if bad == count and first is not None:
                 raise BadFile("not a batch: no line is a request", where=self.source,
                               found=f"line {first.line}: {first.problem}", hint=_FORM)  # fmt: skip
+            self.journal.set("schema", self._schema())
             self.journal.set("source", seen)
             self.journal.set("created", time.time())
             self.journal.set("state", "running")
             self.journal.set("settings", settings)
         _tell_bad(count, bad, first)
+
+    def _schema(self) -> Any:
+        """The schema that the first item's answer is to follow, or None."""
+        sql = "SELECT offset, length, custom_id FROM items WHERE state = 0 ORDER BY number LIMIT 1"
+        offset, length, custom_id = next(self.journal.query(sql))
+        try:
+            body = self.reader.item(read_place(self.reader.path, offset, length), custom_id).body
+        except NoItem:
+            return None
+        form = body.get("response_format")
+        inner = form.get("json_schema") if isinstance(form, dict) else None
+        return inner.get("schema") if isinstance(inner, dict) else None
 
     def _look(self) -> dict[str, Any]:
         """What IN is: size, time, inode, and the hash of so many bytes."""
@@ -108,11 +122,13 @@ class Job:
         known = self.journal.get("source") or {}
         seen = _stat(self.source)
         if seen != (known.get("size"), known.get("mtime"), known.get("inode")) and (
-            seen[0] < known.get("size", 0) or _hash(self.source, known["size"]) != known.get("sha256")
+            seen[0] < known.get("size", 0)
+            or (seen[0] > known.get("size", 0) and not self._grows)
+            or _hash(self.source, known["size"]) != known.get("sha256")
         ):
             raise BadFile("not the file that this batch was begun with", where=self.source,
-                          hint="Put it back as it was (lines may be added at its end), give this one another name, or "
-                          "begin anew with --restart")  # fmt: skip
+                          hint="Put it back as it was (lines may be added to the end of a text), give this one another "
+                          "name, or begin anew with --restart")  # fmt: skip
         self._stat = seen
 
     def _check_source(self, strict: bool) -> None:
@@ -144,16 +160,19 @@ class Job:
             was, found = before.get(name), now.get(name)
             if was == found or (name == "endpoint_model" and None in (was, found)):
                 continue
-            flag = _FLAGS.get(name, "--" + name.rpartition(".")[2].replace("_", "-"))
+            short = name.rpartition(".")[2]
+            flag = _FLAGS.get(short, "--" + short.replace("_", "-"))
+            plain = type(was) in (int, float, bool) or (isinstance(was, str) and was.isidentifier())
+            said = f"{flag} {was}" if plain else f"the {flag} that it was begun with"
             raise BadOption(
-                f"this batch was begun with another {name.rpartition('.')[2].replace('_', ' ')}", where=self.source,
+                f"this batch was begun with another {short.replace('_', ' ')}", where=self.source,
                 found=_short(found), expected=_short(was),
-                hint=f"Give the {flag} that it was begun with, or add --restart to do all of it anew",
+                hint=f"Give it {said}, or add --restart to do all of it anew",
             )  # fmt: skip
 
 
 def restart(source: Path, folder: Path) -> None:
-    """Removes what was done. Raises BadOption where a process is at it, BadFile where the folder is none of ours."""
+    """Removes what was done. Raises BadOption where a process is at it, CannotWrite."""
     path = folder / _DATABASE
     if not path.exists():
         return
@@ -162,9 +181,10 @@ def restart(source: Path, folder: Path) -> None:
             raise BadOption("a process works on this batch", where=source, found=f"pid {alive[0]}",
                             hint=f"`lowbit batch cancel {source}` ends it")  # fmt: skip
     try:
-        shutil.rmtree(folder)
+        for file in (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm", "-journal"))):
+            file.unlink(missing_ok=True)
     except OSError as error:
-        raise BadFile(f"cannot be removed: {error.strerror}", where=folder) from None
+        raise cannot_write(folder, error) from None
 
 
 def take_up(job: Job) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,8 +70,9 @@ def errors_path(out: Path) -> Path:
     return out.with_name(out.name.removesuffix(out.suffix) + ".errors.jsonl")
 
 
-def write(journal: Journal, out: Path, schema: Any = None) -> int:
-    """OUT and its errors; how many errors there are. schema: whose top level gives a Parquet file its columns.
+def write(journal: Journal, out: Path, schema: Any = None, errors: Path | None = None) -> int:
+    """OUT and its errors; how many errors there are. schema: whose top level gives a Parquet file its columns. errors:
+    where they go instead of beside OUT, which may be "-", standard output.
 
     Raises CannotWrite; NotFound (Parquet without pyarrow).
     """
@@ -78,10 +80,13 @@ def write(journal: Journal, out: Path, schema: Any = None) -> int:
         from lowbit.batch import as_parquet
 
         as_parquet.write(journal, out, schema)
+    elif str(out) == "-":
+        write_lines(journal, sys.stdout.buffer)
+        sys.stdout.buffer.flush()
     else:
         with files.replacing(out) as partial, open(partial, "wb") as handle:
             write_lines(journal, handle)
-    return write_errors(journal, errors_path(out))
+    return write_errors(journal, errors or errors_path(out))
 
 
 def write_lines(journal: Journal, handle: IO[bytes]) -> None:

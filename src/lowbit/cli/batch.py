@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lowbit.cli import batch_money
 from lowbit.cli.model_flags import add_harness, add_server, harness_options, model_options
 from lowbit.cli.output import add_json, write_result
+from lowbit.cli.table_flags import add_table, table_options
 from lowbit.cli.training import minutes, positive, positive_number, whole
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ COMMANDS = {
     "resume": "have it go on after pause, or take up a batch that was cancelled",
     "cancel": "end it: what is not done yet ends as cancelled",
 }
-_IN = "OpenAI's Batch JSONL: a request in each line"
+_IN = "OpenAI's Batch JSONL; with --template also JSONL, CSV or Parquet, .gz too; - is standard input"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
@@ -54,12 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> list[argparse.ArgumentPars
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="IN.jsonl", help=_IN)
+    parser.add_argument("source", metavar="IN", help=_IN)
     parser.add_argument(
         "-o",
         "--out",
         metavar="FILE",
-        help="OUT.jsonl, or OUT.parquet, written when all is done; errors also go to OUT.errors.jsonl, with what was "
+        help="OUT.jsonl, OUT.parquet or -, written when all is done; errors go to OUT.errors.jsonl too, with what was "
         "tried",
     )
     _add_answering(parser)
@@ -74,6 +75,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--restart", action="store_true", help="forget what was done, and begin anew")
     _add_journal(parser)
     add_json(parser)
+    add_table(parser)
     batch_money.add_money(parser)
     batch_money.add_check(parser)
     add_server(parser, "default: a probe finds them")
@@ -137,7 +139,8 @@ def _run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     ran = batch.run(
         args.source, args.out, model=args.model, endpoint=args.endpoint, endpoint_model=args.endpoint_model,
-        engine=args.engine, options=options, model_options=model_options(args), journal=args.journal,
+        engine=args.engine, table=table_options(args), form=args.format, options=options,
+         model_options=model_options(args), journal=args.journal,
     )  # fmt: skip
     from lowbit.batch.terminal import ended
 

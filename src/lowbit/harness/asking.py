@@ -29,14 +29,14 @@ async def ask_async(
     model: Harness | str, messages: str | Sequence[dict[str, Any]], *, output: type[T] | dict[str, Any], **body: Any
 ) -> Asked[Any]:
     """As ask(), a coroutine."""
-    read, schema, name = _reader(output)
+    read, schema, name = reader(output)
     form = {"type": "json_schema", "json_schema": {"name": name, "schema": schema}}
     said = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
     request = {"messages": said, "response_format": form, **body}
     if isinstance(model, Harness):
-        return _asked(await model.complete(request, check=_checker(read)), read)
+        return _asked(await model.complete(request, check=checker(read)), read)
     async with HttpUpstream(model) as upstream:
-        return _asked(await Harness(upstream).complete(request, check=_checker(read)), read)
+        return _asked(await Harness(upstream).complete(request, check=checker(read)), read)
 
 
 def ask(
@@ -54,8 +54,8 @@ def ask(
     return asyncio.run(ask_async(model, messages, output=output, **body))
 
 
-def _reader(output: Any) -> tuple[Callable[[Any], Any], dict[str, Any], str]:
-    """How a value is made of JSON, the schema, and its name."""
+def reader(output: Any) -> tuple[Callable[[Any], Any], dict[str, Any], str]:
+    """How a value is made of JSON, the schema, and its name. Raises BadRequest."""
     if isinstance(output, dict):
         return (lambda value: value), output, "answer"
     validate, schema = getattr(output, "model_validate", None), getattr(output, "model_json_schema", None)
@@ -64,7 +64,9 @@ def _reader(output: Any) -> tuple[Callable[[Any], Any], dict[str, Any], str]:
     return validate, schema(), output.__name__
 
 
-def _checker(read: Callable[[Any], Any]) -> Callable[[Any], str | None]:
+def checker(read: Callable[[Any], Any]) -> Callable[[Any], str | None]:
+    """What says why a value cannot be read, None where it can: for Harness.complete."""
+
     def check(value: Any) -> str | None:
         try:
             read(value)

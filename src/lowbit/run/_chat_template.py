@@ -40,7 +40,7 @@ def render(
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = _tojson
+    environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
@@ -57,6 +57,7 @@ def render(
         raise BadFile("the chat template cannot be rendered", where=where, found=str(error)) from None
 
 
-def _tojson(value: Any, indent: int | None = None, **_: Any) -> str:
+def tojson(value: Any, indent: int | None = None, **_: Any) -> str:
+    """JSON as it is, for templates of prompts."""
     # Jinja's own tojson escapes for HTML (& < >), which would put \u0026 into prompts.
     return json.dumps(value, ensure_ascii=False, indent=indent)
