@@ -2,8 +2,8 @@
 
     python benchmarks/batch_faults.py --points 200 --work DIR
 
-Each trial is a job of 60 items with up to three faults, against a server whose answers depend on the request alone. Half
-of the trials kill the runner with kill -9; the others kill the server, fill the disk (a tmpfs of 3 MB, which wants the
+Each trial is a job of 60 items with up to three faults, against a server whose answers depend on the request alone.
+Half of them kill the runner with kill -9; the others kill the server, fill the disk (a tmpfs of 3 MB, which wants the
 right to mount), or kill one of two runners. Interrupted, it goes on from the trials that are in DIR/done.jsonl.
 """
 

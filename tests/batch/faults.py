@@ -77,7 +77,7 @@ class Trial:
     def moment(self, process: subprocess.Popen[str], *, at_work: bool) -> None:
         """Waits until some time of a run: any, or one of those when requests are under way."""
         if not at_work:
-            time.sleep(self.random.uniform(0.0, 2.0))
+            time.sleep(self.random.uniform(0.0, 1.5))
             return
         before, deadline = len(self.answered()), time.monotonic() + 30
         wanted = before + self.random.randint(1, max(1, (ITEMS - before) * 3 // 4))

@@ -28,7 +28,7 @@ from lowbit.errors import BadFile, CannotWrite, LowbitError
 
 WAITING, LEASED, DONE, FAILED, CANCELLED = range(5)
 SUSPECT, CONDEMNED = 4, 10  # points
-SERVER_DIED, RUNNER_DIED = 2, 1
+SERVER_DIED, ALONE, RUNNER_DIED = 3, 4, 1  # so that a server dies three times of a request, and a runner ten times
 NO_REQUEST = "invalid_line"  # the kind of what was never one
 _FORMAT = "lowbit-batch/1"
 _BUSY = 60.0  # seconds to wait for another process's transaction
@@ -262,11 +262,12 @@ class Journal:
                 "UPDATE items SET sent = 1, tries = tries + 1 WHERE number = ? AND owner = ?",
                 [(number, self._owner) for number in sent],
             )
-            for numbers, strikes, points in ((back, 0, 0), (struck, 1, 0), (died, 0, SERVER_DIED)):
+            for numbers, strikes, points, alone in ((back, 0, 0, 0), (struck, 1, 0, 0), (died, 0, SERVER_DIED, ALONE)):
                 self._db.executemany(
-                    "UPDATE items SET state = ?, owner = NULL, sent = 0, strikes = strikes + ?, points = points + ?"
+                    "UPDATE items SET state = ?, owner = NULL, sent = 0, strikes = strikes + ?,"
+                    " points = points + CASE WHEN points >= 4 THEN ? ELSE ? END"
                     " WHERE number = ? AND owner = ? AND state = ?",
-                    [(WAITING, strikes, points, number, self._owner, LEASED) for number in numbers],
+                    [(WAITING, strikes, alone, points, number, self._owner, LEASED) for number in numbers],
                 )
 
     def condemned(self) -> list[tuple[int, int]]:

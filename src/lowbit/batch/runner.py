@@ -89,8 +89,9 @@ class Runner:
     async def run(self) -> Stop:
         """Raises LowbitError: the engine does not come up or has no model any more, the disk is full, IN changed."""
         self._journal.enter()
+        self._journal.take_over()
+        self._condemn()
         while True:
-            self._journal.take_over()
             stop = self._wanted() or (None if self._journal.waiting() else await self._idle())
             if stop is None:
                 stop = await self._with_engine()
@@ -151,7 +152,8 @@ class Runner:
             self._tick()
             if stop := self._wanted():
                 return stop
-            self._journal.take_over()
+            if self._journal.take_over():
+                self._condemn()
             if self._journal.waiting():
                 return None
             await self._sleep(_TICK)
@@ -181,7 +183,8 @@ class Runner:
         if now - self._beaten >= _BEAT:
             self._beaten = now
             self._journal.beat()
-            self._journal.take_over()
+            if self._journal.take_over():
+                self._condemn()
         if self._on_tick is not None:
             self._on_tick()
 
