@@ -162,6 +162,8 @@ TEXTS = st.text(st.characters(blacklist_categories=("Cs",)), max_size=12)
 def test_csv_rows_are_found_again_by_their_place(
     rows: list[tuple[str, str]], end: str, all_quoted: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
+    if not all_quoted:  # a bare CR is no text where it is not quoted (RFC 4180)
+        rows = [(a.replace("\r", " "), b.replace("\r", " ")) for a, b in rows]
     path = tmp_path_factory.mktemp("csv") / "rows.csv"
     with open(path, "w", newline="", encoding="utf-8") as handle:
         out = csv.writer(handle, lineterminator=end, quoting=csv.QUOTE_ALL if all_quoted else csv.QUOTE_MINIMAL)
