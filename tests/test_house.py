@@ -18,6 +18,7 @@ ORDER = (
     ("errors", "units", "files", "partial", "console", "threads", "texts", "verbs", "registry", "memory"),
     ("grid",),
     ("ggml",),
+    ("compensate",),
     ("checkpoint",),
     ("recipe",),
     ("run",),

@@ -27,7 +27,7 @@ from lowbit.checkpoint.safetensors_file import SafetensorsFile
 from lowbit.errors import BadFile, NotFound
 from lowbit.grid.base import Grid
 from lowbit.pack import identify
-from lowbit.pack.compensate import Moments, can_compensate, compensate, moments_of
+from lowbit.compensate import Moments, can_compensate, compensate, moments_of
 from lowbit.pack.guide import Encoder
 from lowbit.pack.rows import file_rows, matrix_slices, precision_of
 

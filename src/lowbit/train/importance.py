@@ -3,7 +3,7 @@
 The KLD that errors E of a matrix cause is, to second order, half of sum_t (g_t . E x_t)^2, x_t what flows in at token t
 and g_t the gradient, at what flows out, of the loss of a label drawn from the model's own distribution (the Fisher
 information; Martens 2020). With one weight a token, mean g_t^2, that is 1/2 tr(E H E^T), H = mean g_t^2 x_t x_t^T:
-the loss that ``lowbit.pack.compensate`` makes small, in nats a token. Unweighted moments are what llama.cpp's imatrix
+the loss that ``lowbit.compensate`` makes small, in nats a token. Unweighted moments are what llama.cpp's imatrix
 has a diagonal of; a few tokens with enormous activations decide them, and with them rounding gets worse (dev/LOG.md).
 An expert has moments of its own, of the tokens that were routed to it; their means too are over all tokens.
 """

@@ -9,7 +9,7 @@ import pytest
 
 from lowbit import ggml
 from lowbit import grid as grids
-from lowbit.pack.compensate import Moments, can_compensate, compensate, loss, moments_of
+from lowbit.compensate import Moments, can_compensate, compensate, loss, moments_of
 
 KNOWN = [name for name in grids.names() if can_compensate(grids.get(name))]
 
