@@ -19,7 +19,7 @@ from lowbit import ggml
 from lowbit.grid.base import Blocks, Grid
 
 DAMPING = 0.01  # of the mean diagonal, added to the diagonal: directions that few tokens had are not free
-_SWEEPS = 2
+SWEEPS = 2
 _WIDTH = 32  # columns rounded together where the format's groups are not
 # Where the extreme weight of a block may land, in parts of the lowest code; beyond 1 it is clipped on one side.
 _REACHES = (0.75, 0.8125, 0.875, 0.9375, 1.0, 1.0625)
@@ -48,15 +48,16 @@ def can_compensate(grid: Grid) -> bool:
     return grid.ggml_type is not None and (grid.has_scales or grid.ladder_group > 0)
 
 
-def compensate(values: np.ndarray, moments: Moments, grid: Grid) -> Blocks:
+def compensate(values: np.ndarray, moments: Moments, grid: Grid, *, sweeps: int = SWEEPS) -> Blocks:
     """Codes and scales for (rows, n) float32 with least loss under ``moments``; rows do not depend on each other.
 
+    sweeps: times that every block is rounded again, all others as they are.
     Formats with one scale a block have it searched; those with scales and minimums of groups keep what ggml's own
     search chooses under the diagonal of H, and have their codes chosen.
     """
     work = _Searched(values, moments, grid) if grid.has_scales else _Laddered(values, moments, grid)
     work.forward()
-    for _ in range(_SWEEPS):
+    for _ in range(sweeps):
         work.sweep()
     return work.blocks()
 

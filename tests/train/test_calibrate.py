@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from lowbit import grid as grids
 from lowbit.grid.base import Blocks, Grid
-from lowbit.train.calibrate import InputMoments, compensate, search_scales
+from lowbit.train.calibrate import compensate, search_scales
 
 ROWS, WIDTH = 24, 192  # more columns than are rounded at a time, and than a block holds
 DAMPING = 0.01
@@ -157,36 +155,3 @@ def test_independent_inputs_need_no_compensation(weight: torch.Tensor) -> None:
     given = weight.clone()
     assert torch.equal(compensate(weight, Blocks(codes=None, scales=scales), torch.eye(WIDTH), grid, DAMPING), weight)
     assert torch.equal(weight, given)
-
-
-def test_moments_are_those_of_the_inputs() -> None:
-    generator = torch.Generator().manual_seed(4)
-    layers = {name: nn.Linear(16, 16) for name in ("q", "k", "v", "o")}
-    moments = InputMoments(layers)
-    seen: dict[str, list[np.ndarray]] = {"q": [], "o": []}
-    for batch in (2, 3):
-        x, y = torch.randn(2, batch, 5, 16, generator=generator) * torch.arange(1, 17)
-        for name in ("q", "k", "v"):
-            layers[name](x)
-        layers["o"](y)
-        seen["q"].append(x.reshape(-1, 16).double().numpy())
-        seen["o"].append(y.reshape(-1, 16).double().numpy())
-    moments.close()
-    layers["o"](torch.full((4, 16), 1e6))  # after the end: not counted
-    for leader, names in (("q", ("q", "k", "v")), ("o", ("o",))):
-        rows = np.concatenate(seen[leader])
-        for name in names:
-            assert moments[name].dtype == torch.float32
-            np.testing.assert_allclose(moments[name], rows.T @ rows / len(rows), rtol=1e-5, atol=1e-4)
-    assert list(moments.groups()) == [["q", "k", "v"], ["o"]]
-
-
-def test_equal_inputs_that_are_not_the_same_are_not_shared() -> None:
-    layers = {"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)}
-    moments = InputMoments(layers)
-    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(5))
-    layers["a"](x)
-    layers["b"](x.clone())
-    moments.close()
-    assert list(moments.groups()) == [["a"], ["b"]]
-    assert torch.equal(moments["a"], moments["b"])

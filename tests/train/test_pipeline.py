@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 import lowbit
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import BadFile, BadOption
-from lowbit.train import TrainOptions, calibrate, data, ledger, loop, pipeline
+from lowbit.train import TrainOptions, data, importance, ledger, loop, pipeline
 from lowbit.train.ledger import Ledger
 
 FEW: dict[str, Any] = {"steps": 2, "threads": 1, "sequence_length": 32, "precision": "float32"}
@@ -125,12 +126,13 @@ def test_unseen_sequences_are_kept_from_all_of_training(
     calibrated: list[int] = []
     trained: list[int] = []
 
-    class Noting(calibrate.InputMoments):
-        def close(self) -> None:
-            calibrated.append(next(iter(self._counts.values())))
-            super().close()
+    collect_of = importance.collect_of
 
-    monkeypatch.setattr(calibrate, "InputMoments", Noting)
+    def collected(*given: Any) -> int:
+        calibrated.append(collect_of(*given))
+        return calibrated[-1]
+
+    monkeypatch.setattr(importance, "collect_of", collected)
     inner = loop.DistillationTrainer.compute_loss
 
     def compute_loss(self: Any, model: Any, inputs: Any, *more: Any, **named: Any) -> Any:
@@ -143,9 +145,39 @@ def test_unseen_sequences_are_kept_from_all_of_training(
     n = len(np.load(tmp_path / "out.work" / "sequences.npy"))
     assert n == 24
     assert set(trained) == set(range(n - 3))
-    assert calibrated[0] <= 32 * (n - 3)
+    assert calibrated == [32 * (n - 3)]
     klds = [point["kld"] for point in done.record["curve"] if "kld" in point]
     assert len(klds) >= 2 and klds[-1] < klds[0]  # how often is a matter of its cost
+
+
+def test_a_killed_calibration_goes_on(
+    tiny_llama: Callable[..., Path], prose: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what it had collected, and what comes out is what one run would have given."""
+    options = TrainOptions(data=prose, **FEW | {"batch_size": 8})
+    folder = tiny_llama()
+    whole = lowbit.train(folder, tmp_path / "whole", options=options)
+    monkeypatch.setattr(importance, "_SAVE_EVERY", 0.0)
+    monkeypatch.setattr(importance, "_SAVING", 0)
+    add, seen = importance.Pass.add, []
+
+    def added(self: Any, row: torch.Tensor) -> None:
+        if len(seen) == 5:
+            seen.append(-1)
+            raise KeyboardInterrupt
+        seen.append(int(row[0, -1]))
+        add(self, row)
+
+    monkeypatch.setattr(importance.Pass, "add", added)
+    with pytest.raises(KeyboardInterrupt):
+        lowbit.train(folder, tmp_path / "out", options=options)
+    work = tmp_path / "out.work"
+    assert (work / "calibration.safetensors.partial.sums").exists()
+    done = lowbit.train(folder, tmp_path / "out", options=options)
+    assert len(seen) - 1 == whole.record["phases"][1]["tokens"] // 32  # none twice
+    assert not list(work.glob("calibration*"))
+    ours, theirs = (load_file(run.start / "model.safetensors") for run in (done, whole))
+    assert all(np.array_equal(values, theirs[name]) for name, values in ours.items())
 
 
 def test_sampled_batches_survive_a_kill(

@@ -24,10 +24,10 @@ from lowbit.checkpoint import Checkpoint
 from lowbit.checkpoint.families.base import TensorSpec
 from lowbit.checkpoint.gguf_file import Field
 from lowbit.checkpoint.safetensors_file import SafetensorsFile
+from lowbit.compensate import Moments, can_compensate, compensate, moments_of
 from lowbit.errors import BadFile, NotFound
 from lowbit.grid.base import Grid
 from lowbit.pack import identify
-from lowbit.compensate import Moments, can_compensate, compensate, moments_of
 from lowbit.pack.guide import Encoder
 from lowbit.pack.rows import file_rows, matrix_slices, precision_of
 

@@ -1,17 +1,14 @@
-"""Calibrated rounding: where each weight goes on its grid, given what the model's inputs look like.
+"""Rounding in two steps, for formats whose codes ``lowbit.compensate`` does not choose together with their scales.
 
-Two steps for each matrix. ``search_scales`` tries scales of both signs for each block, each refitted by least squares,
-and keeps the one with the smallest error weighted by the mean square of each input (what llama.cpp's imatrix holds).
-``compensate`` then rounds column by column and moves the error of each column onto those not yet rounded, by the
-inverse of the inputs' second moments (GPTQ, Frantar et al. 2023), on the scales that the search found.
+``search_scales`` tries scales of both signs for each block, each refitted by least squares, and keeps the one with the
+smallest error weighted by the mean square of each input (what llama.cpp's imatrix holds). ``compensate`` then rounds
+column by column and moves the error of each column onto those not yet rounded, by the inverse of the inputs' second
+moments (GPTQ, Frantar et al. 2023), on the scales that the search found.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 import torch
-from torch import nn
 
 from lowbit.grid.base import Blocks, Grid
 from lowbit.train import frames
@@ -19,54 +16,6 @@ from lowbit.train import frames
 # Where the extreme weight of a block may land, in codes: beyond the range it is clipped, inside it the range is unused.
 _REACHES = (5.0, 5.5, 6.0, 6.5, 7.0, 7.25, 7.5, 7.75, 8.0, 8.5, 9.0)
 _COLUMNS = 64  # columns rounded before the rest of the matrix is told of their error
-
-
-class InputMoments:
-    """Second moments of the inputs of chosen linear layers, gathered by hooks while the model runs.
-
-    Modules that are fed the same tensor (query, key and value; gate and up) share one matrix.
-    """
-
-    def __init__(self, modules: dict[str, nn.Linear]) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
-        self._share: dict[str, str] = {}
-        self._counts: dict[str, int] = {}
-        self._last: tuple[torch.Tensor, str] | None = None
-        self._handles = [module.register_forward_pre_hook(self._hook(name)) for name, module in modules.items()]
-
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        def gather(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            x = inputs[0]
-            if self._last is not None and self._last[0] is x:
-                self._share.setdefault(name, self._last[1])
-                return
-            self._last = (x, name)
-            x = x.detach()
-            rows = x.reshape(-1, x.shape[-1])
-            with torch.autocast(x.device.type, enabled=False):
-                rows = rows.float()
-                if name in self._sums:
-                    self._sums[name].addmm_(rows.T, rows)
-                else:
-                    self._sums[name] = rows.T @ rows
-            self._counts[name] = self._counts.get(name, 0) + len(rows)
-
-        return gather
-
-    def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._last = None
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        """Mean of x x^T over the positions seen: (n, n) float32."""
-        name = self._share.get(name, name)
-        return self._sums[name] / self._counts[name]
-
-    def groups(self) -> Iterator[list[str]]:
-        """Names of modules that share their input, group by group, in order of execution."""
-        for leader in self._sums:
-            yield [leader, *(name for name, shared in self._share.items() if shared == leader)]
 
 
 @torch.no_grad()

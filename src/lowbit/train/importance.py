@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,20 +66,33 @@ def collect(checkpoint: Checkpoint, out: Path, text: str | None, options: Collec
         sequences = data.bundled_sequences(tokenizer, length)[:n]
     else:
         sequences = data.load_sequences(text, tokenizer, length, n)
+    return collect_of(model, checkpoint, sequences, out, options)
+
+
+def collect_of(
+    model: Any,
+    checkpoint: Checkpoint,
+    sequences: np.ndarray,
+    out: Path,
+    options: CollectOptions,
+    tick: Callable[[], None] = lambda: None,
+) -> int:
+    """The same of token ``sequences`` (n, length) and of ``model``, the checkpoint's, whose weights are left without
+    gradients. tick: called after each sequence."""
     passes = list(_passes(sites(model, checkpoint)))
     shapes = {f"{site.name}.{part}": s for each in passes for site in each for part, s in site.shapes().items()}
     layout = Layout({name: ("F32", s) for name, s in (shapes | model_shapes(model, checkpoint)).items()})
     asked = {
         "lowbit": __version__, "source": [file.identity for file in checkpoint.files], "minutes": options.minutes,
-        "text": hashlib.sha256(sequences.tobytes()).hexdigest(), "sequence_length": length, "seed": options.seed,
-        "precision": options.precision, "passes": [len(each) for each in passes],
+        "text": hashlib.sha256(sequences.tobytes()).hexdigest(), "sequence_length": sequences.shape[1],
+        "seed": options.seed, "precision": options.precision, "passes": [len(each) for each in passes],
         "header": hashlib.sha256(layout.header({})).hexdigest(),
     }  # fmt: skip
     parts = [f"pass {i}" for i in range(len(passes))]
     rows = torch.from_numpy(sequences).long()
     with resumable(out, layout.n_bytes, [(0, layout.header({}))], parts, asked) as file, _sums_of(file) as sums:
         owner = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
-        run = _Run(file, sums, owner, rows, layout, options)
+        run = _Run(file, sums, owner, rows, layout, options, tick)
         with console.progress("Collecting", len(passes) * len(rows), "sequences") as bar:
             for i, (part, chosen) in enumerate(zip(parts, passes, strict=True)):
                 bar.advance(len(rows) if part in file.done else 0)
@@ -121,9 +134,16 @@ class _Run:
     """A collection under way: what is saved of it, and the time it may take, that of killed runs included."""
 
     def __init__(
-        self, file: Partial, sums: Path, owner: str, rows: torch.Tensor, layout: Layout, options: CollectOptions
+        self,
+        file: Partial,
+        sums: Path,
+        owner: str,
+        rows: torch.Tensor,
+        layout: Layout,
+        options: CollectOptions,
+        tick: Callable[[], None],
     ) -> None:
-        self.file, self.sums, self.rows, self.layout = file, sums, rows, layout
+        self.file, self.sums, self.rows, self.layout, self.tick = file, sums, rows, layout, tick
         self.minutes = options.minutes
         self.started = self.saved = time.monotonic()
         self.saving = 0.0
@@ -148,6 +168,7 @@ class _Run:
                     break
                 work.add(self.rows[i][None])
                 bar.advance(1)
+                self.tick()
                 if time.monotonic() - self.saved > max(_SAVE_EVERY, _SAVING * self.saving):
                     self._save(part, i + 1, work.state())
 

@@ -20,7 +20,7 @@ from lowbit.checkpoint import Checkpoint, open_checkpoint
 from lowbit.checkpoint.model import MANIFEST
 from lowbit.errors import BadOption
 from lowbit.files import replacing
-from lowbit.train import calibrate, data, frame_search, frames, precision
+from lowbit.train import data, frames, importance, precision
 from lowbit.train.fake_quant import assignment, prepare
 from lowbit.train.ledger import Ledger
 from lowbit.train.loop import DistillationTrainer, Schedule, distil, latest_checkpoint
@@ -28,21 +28,20 @@ from lowbit.train.model import load, load_tokenizer, save
 from lowbit.train.options import TrainOptions
 from lowbit.train.record import describe
 from lowbit.train.reference import ReferenceCache
+from lowbit.train.start import rounded
 from lowbit.train.storage import save_tensors
 
 _SAMPLING_SHARE = 0.08  # of the budget, where nothing else is asked for
-_CALIBRATION_SHARE = 0.08
-_CALIBRATION_TOKENS = 32768
+_COLLECTING_SHARE = 0.2  # of the time left when it begins
+_CALIBRATION_SEQUENCES = 96
+_ROUNDING_SHARE = 0.2  # likewise
+_ROUNDING_SLACK = 0.1  # of its time that rounding may be behind before it leaves the sweeps out
 # A training step in forward passes of the body: measured on SmolLM2, 4.1 with the head's three products.
 _BODY_STEP = 3.3
 _ASKING_SHARE = 0.4  # of the time left, at most
 _FEWEST_SEQUENCES = 8
 _UNSEEN = 4  # sequences that are never trained on, to look at as the training goes
 _POOL = 4  # times what is wanted is read of the user's data, and what is wanted drawn from that
-_DAMPING = 0.01
-# Rounding errors of values add up over the positions that attention averages, and of queries and keys inside a softmax;
-# moving them about made SmolLM2 worse (dev/LOG.md), where it helps these.
-_COMPENSATED = ("attn_o", "ffn_gate", "ffn_up", "ffn_down")
 
 
 @dataclass(frozen=True)
@@ -245,6 +244,7 @@ class _Run:
             with self.ledger.stage("calibrate", start):
                 found = self._calibrated(start) if self.options.start == "calibrated" else {}
                 save_tensors(found, path)
+        (self.work / "calibration.safetensors").unlink(missing_ok=True)
         self._ask()
         with self.ledger.stage("prepare"):
             self._prepare(path)
@@ -267,14 +267,17 @@ class _Run:
         if not self.ledger.done("reference"):
             begin = time.monotonic()
             left = self.left(begin)
-            wanted = max(self.cache.done, min(len(self.sequences), self._affordable(left)))
+            # What is kept out of training comes last, and is to come after what the start was calibrated on.
+            calibrated = self.ledger.facts.get("calibration_tokens", 0) // self.length
+            fewest = min(len(self.sequences), max(_FEWEST_SEQUENCES, calibrated + _UNSEEN))
+            wanted = max(self.cache.done, fewest, min(len(self.sequences), self._affordable(left)))
             with self.ledger.stage("reference", begin), console.progress("Asking the reference", wanted) as bar:
 
                 def may_go_on(done: int) -> bool:
                     bar.update(done)
                     self.ledger.tick()
                     in_time = time.monotonic() - begin < _ASKING_SHARE * left
-                    return in_time or self.options.steps is not None or done < _FEWEST_SEQUENCES
+                    return in_time or self.options.steps is not None or done < fewest
 
                 self.cache.fill(self.model, self.sequences, self.dtype, until=wanted, may_go_on=may_go_on)
                 self.ledger.facts["asked"] = self.cache.done
@@ -283,31 +286,29 @@ class _Run:
     def _calibrated(self, start: float) -> dict[str, torch.Tensor]:
         """{"weight:NAME": float32} and the parts of its frame ("scales:NAME", ...) for every matrix that is trained."""
         grids = assignment(self.model, self.options.recipe)
-        names = [name for name in recipes.get(self.options.recipe).trained(self.checkpoint)]
-        modules = {name: self.model.get_submodule(name.removesuffix(".weight")) for name in names}
-        linear = {name: module for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
-        affordable = _CALIBRATION_SHARE * self.left(start) * self.ledger.facts["forward_tokens_per_second"] / 2
-        until = int(min(_CALIBRATION_TOKENS, max(4 * self.length, affordable)) // self.length)
-        until = min(len(self.sequences) - _held_out(len(self.sequences)), max(2, until))
-        moments = calibrate.InputMoments(linear)
-        try:
-            # What the reference says of these rows is not wanted twice, so their targets are kept as well.
-            self.cache.done = 0
-            self.cache.fill(self.model, self.sequences, self.dtype, until=until, batch=2)
-        finally:
-            moments.close()
-        self.ledger.facts["calibration_tokens"] = until * self.length
+        names = recipes.get(self.options.recipe).trained(self.checkpoint)
+        moments, facts = self.work / "calibration.safetensors", self.ledger.facts
+        by_clock = self.options.steps is None
+        if not moments.exists():
+            n = min(_CALIBRATION_SEQUENCES, len(self.sequences) - _held_out(len(self.sequences)))
+            # Written down, so that a killed run goes on with what it has collected.
+            share = facts.setdefault("calibration_minutes", _COLLECTING_SHARE * max(0.0, self.left(start)) / 60)
+            options = importance.CollectOptions(
+                minutes=share if by_clock else None, precision=facts["dtype"], seed=self.options.seed
+            )
+            facts["calibration_tokens"] = importance.collect_of(
+                self.model, self.checkpoint, self.sequences[:n], moments, options, self.ledger.tick
+            )
+        seconds, begin = _ROUNDING_SHARE * self.left(start), time.monotonic()
         found: dict[str, torch.Tensor] = {}
+
+        def in_time(done: float) -> bool:
+            return not by_clock or time.monotonic() - begin < done * seconds + _ROUNDING_SLACK * seconds
+
         with console.progress("Calibrated rounding", len(names)) as bar:
-            for done, name in enumerate(names, 1):
-                weight, grid = modules[name].weight.detach(), grids[name]
-                second = moments[name] if name in linear else torch.eye(weight.shape[1], device=weight.device)
-                frame = frame_search.search(weight, second.diagonal(), grid)
-                found |= frames.to_tensors(frame, name)
-                compensated = self.checkpoint.info(name).role in _COMPENSATED and name in linear
-                if compensated and frame_search.can_compensate(grid):
-                    weight = calibrate.compensate(weight, frame, second, grid, _DAMPING)
-                found[f"weight:{name}"] = weight.cpu().contiguous()
+            each = rounded(self.model, {name: grids[name] for name in names}, moments, torch.get_num_threads(), in_time)
+            for done, (name, weight, frame) in enumerate(each, 1):
+                found |= frames.to_tensors(frame, name) | {f"weight:{name}": weight.cpu().contiguous()}
                 bar.update(done)
                 self.ledger.tick()
         return found

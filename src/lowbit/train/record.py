@@ -22,7 +22,7 @@ def describe(
     rows = steps * options.batch_size * options.accumulate
     phases = [{"name": "nearest", "seconds": 0.0, "tokens": 0, "detail": "ggml's own rounding"}]
     if options.start == "calibrated":
-        detail = "scale search and error compensation"
+        detail = "error compensation, tokens weighted by gradients"
         tokens = facts.get("calibration_tokens", 0)
         phases.append({"name": "calibrated", "seconds": stages["calibrate"], "tokens": tokens, "detail": detail})
     tokens = rows * options.sequence_length

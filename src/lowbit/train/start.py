@@ -1,0 +1,90 @@
+"""The start of distillation: every matrix rounded so that the model's output changes least.
+
+``importance`` collects the second moments of each matrix's inputs, every token weighted by the gradient of the loss,
+and ``lowbit.compensate`` rounds under them, as ``lowbit pack --calibration`` does: to second order what is made small
+is the KLD itself. What that leaves out, how the errors of different matrices add up, is for distillation.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from threadpoolctl import threadpool_limits
+
+from lowbit.compensate import DAMPING, SWEEPS, can_compensate, compensate, moments_of
+from lowbit.grid.base import Blocks, Grid
+from lowbit.threads import in_order
+from lowbit.train import calibrate, frame_search, frames
+from lowbit.train.moments import EMBEDDING
+
+_ROWS = 1024  # of a matrix rounded together: enough for numpy, and a few MB of candidates
+# Wider, a block is a channel: too many columns to round them once for every scale that is tried.
+_WIDEST = 256
+# A weight starts where it was, but no further from its code than this part of a step: what compensation moved to
+# another code starts just inside that code's cell.
+_INSIDE = 0.49
+
+
+def rounded(
+    model: Any, grids: Mapping[str, Grid], moments: Path, threads: int, in_time: Callable[[float], bool]
+) -> Iterator[tuple[str, torch.Tensor, Blocks]]:
+    """(name, weights, frame) of every matrix in ``grids``, in their order.
+
+    moments: the file of ``importance``; an embedding, and what the file lacks, has its frame searched and no more.
+    weights: (rows, n) float32 whose nearest codes on the frame are those chosen.
+    threads: matrices at work at a time. in_time: asked before each matrix, with the part of all weights in those before
+    it; where it says no the matrix goes without the sweeps, which take two thirds of the time.
+    """
+    with safetensors.safe_open(moments, "pt") as stored:
+        known = set(stored.keys())
+        sizes = {name: model.get_parameter(name).numel() for name in grids}
+        total = sum(sizes.values())
+        begun = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
+
+        def job(name: str) -> tuple[str, torch.Tensor, Blocks]:
+            weight, grid = model.get_parameter(name).detach().float().cpu(), grids[name]
+            if name == EMBEDDING:  # what is looked up is no product: each column counts by its gradient
+                return name, weight, frame_search.search(weight, stored.get_tensor(f"{name}.gradients"), grid)
+            if f"{name}.inputs" not in known:
+                return name, weight, frame_search.search(weight, torch.ones(weight.shape[-1]), grid)
+            second = stored.get_tensor(f"{name}.inputs")
+            if is_blockwise(grid):
+                return name, *_blockwise(weight, second, grid, SWEEPS if in_time(begun[name] / total) else 0)
+            frame = frame_search.search(weight, second.diagonal().contiguous(), grid)
+            if frame_search.can_compensate(grid):
+                weight = calibrate.compensate(weight, frame, second, grid, DAMPING)
+            return name, weight, frame
+
+        with threadpool_limits(1, "blas"):  # the matrices are what runs side by side
+            yield from in_order((functools.partial(job, name) for name in grids), threads)
+
+
+def is_blockwise(grid: Grid) -> bool:
+    """Whether scales and codes are chosen together; elsewhere the frame is searched first, then the codes on it."""
+    is_scaled = grid.has_scales and not grid.whole_rows and grid.scale_dtype == "F16" and grid.block_size <= _WIDEST
+    return is_scaled or can_compensate(grid)
+
+
+def _blockwise(weight: torch.Tensor, second: torch.Tensor, grid: Grid, sweeps: int) -> tuple[torch.Tensor, Blocks]:
+    values, moments = weight.numpy(), moments_of(second.numpy())
+    rows = [np.ascontiguousarray(values[at : at + _ROWS]) for at in range(0, len(values), _ROWS)]
+    parts = [vars(compensate(part, moments, grid, sweeps=sweeps)) for part in rows]
+    whole = {key: None if v is None else np.concatenate([part[key] for part in parts]) for key, v in parts[0].items()}
+    blocks = frames.of_arrays(Blocks(**whole), weight.device)
+    return _in_cells(weight, blocks, grid), frames.without_codes(blocks)
+
+
+def _in_cells(weight: torch.Tensor, blocks: Blocks, grid: Grid) -> torch.Tensor:
+    """The weights, each moved into the cell of its code as far as it lies outside."""
+    steps, offsets = (part.reshape(len(weight), -1, 1) for part in frames.steps(grid, blocks))  # (rows, groups, 1)
+    codes = blocks.codes.reshape(len(weight), steps.shape[1], -1).float()
+    ratio = (weight.reshape(codes.shape) - offsets) / torch.where(steps == 0, torch.ones_like(steps), steps)
+    ratio = codes + (ratio - codes).clamp_(-_INSIDE, _INSIDE)
+    return (ratio * steps + offsets).reshape(weight.shape)
