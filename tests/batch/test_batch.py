@@ -124,3 +124,41 @@ def test_never_more_under_way_than_slots(server: BatchServer, tmp_path: Path) ->
     server.delay = 0.02
     batch.run(write(tmp_path / "in.jsonl", SAID), endpoint=server.url, options=BatchOptions(slots=5))
     assert server.most == 5
+
+
+def test_a_pipe_is_standard_input(server: BatchServer, tmp_path: Path) -> None:
+    import os
+    import threading
+
+    os.mkfifo(tmp_path / "pipe")
+    text = write(tmp_path / "in.jsonl", SAID[:3]).read_text()
+    threading.Thread(target=(tmp_path / "pipe").write_text, args=(text,)).start()
+    batch.run(tmp_path / "pipe", tmp_path / "out.jsonl", endpoint=server.url)
+    assert contents(tmp_path / "out.jsonl") == expected(SAID[:3])
+
+
+def test_results_never_replace_what_is_asked(server: BatchServer, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.errors.jsonl", SAID[:3])
+    for out in (source, tmp_path / "in.jsonl"):
+        with pytest.raises(BadOption, match="would replace what is asked"):
+            batch.run(source, out, endpoint=server.url)
+    assert not server.asked
+
+
+def test_numbers_and_letters_that_json_or_utf8_have_not(server: BatchServer, tmp_path: Path) -> None:
+    import math
+
+    from lowbit.batch.runner import _as_json
+
+    raw = _as_json({"a": [math.nan, 1.5, {"b": math.inf}], "c": "\ud800é"})
+    assert json.loads(raw.decode()) == {"a": [None, 1.5, {"b": None}], "c": "\ud800é"}
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/v1", "{url}/wrong"])
+def test_a_wrong_url_ends_the_run_and_not_the_items(url: str, server: BatchServer, tmp_path: Path) -> None:
+    source, out = write(tmp_path / "in.jsonl", SAID[:8]), tmp_path / "out.jsonl"
+    with pytest.raises(RuntimeFailed, match=r"no answer any more.*Cannot connect|answered 404.*Is the URL"):
+        batch.run(source, out, endpoint=url.format(url=server.url), options=BatchOptions(patience=0.5))
+    assert batch.status(source).waiting == 8 and not out.exists()
+    batch.run(source, out, endpoint=server.url)
+    assert contents(out) == expected(SAID[:8])

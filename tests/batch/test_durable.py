@@ -177,7 +177,7 @@ def test_a_silent_owner_is_taken_over_and_comes_too_late(tmp_path: Path) -> None
         quick.journal.enter()
         had = slow.journal.lease(2)
         assert quick.journal.lease(2) == [] and quick.journal.take_over() == 0
-        slow.journal._db.execute("UPDATE owners SET heard = heard - 1000 WHERE id = ?", (slow.journal._owner,))
+        slow.journal._db.execute("UPDATE owners SET beat = beat - 1000 WHERE id = ?", (slow.journal._owner,))
         assert quick.journal.take_over() == 2
         again = quick.journal.lease(2)
         assert [lease.number for lease in again] == [lease.number for lease in had]
@@ -192,11 +192,13 @@ def test_a_pid_that_came_again_is_another_process(tmp_path: Path) -> None:
     from lowbit.batch import owners
 
     host, pid, start = owners.own()
-    now = time.time()
-    assert owners.Owner(1, host, pid, start, now, now).alive()
-    assert not owners.Owner(1, host, pid, start + "1", now, now).alive()
-    assert owners.Owner(1, "another host", 999999999, "", now, now).alive()
-    assert not owners.Owner(1, "another host", 999999999, "", now, now - 1000).alive()
+    now, beat = time.time(), time.monotonic()
+    assert owners.Owner(1, host, pid, start, now, now, beat).alive()
+    assert owners.Owner(1, host, pid, start, now, now - 1000, beat).alive()  # the time of day was set
+    assert not owners.Owner(1, host, pid, start, now, now, beat - 1000).alive()
+    assert not owners.Owner(1, host, pid, start + "1", now, now, beat).alive()
+    assert owners.Owner(1, "another host", 999999999, "", now, now, 0.0).alive()
+    assert not owners.Owner(1, "another host", 999999999, "", now, now - 1000, beat).alive()
 
 
 def test_two_runners_share_a_job(server: BatchServer, tmp_path: Path) -> None:

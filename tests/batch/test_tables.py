@@ -193,3 +193,24 @@ def test_any_bytes_are_rows_or_said_to_be_none(data: bytes, tmp_path_factory: py
             end = place.offset + place.length
             if place.problem is None:
                 table.item(read_place(path, place.offset, place.length), place.custom_id or "")
+
+
+def test_a_job_of_a_table_is_known_without_its_options(server: BatchServer, tmp_path: Path) -> None:
+    """Checks and results come later, and ask only for IN."""
+    from lowbit.batch.job import Job
+
+    source = written(tmp_path, "csv.gz")
+    batch.run(source, endpoint=server.url, table=TableOptions(template=TEMPLATE, schema=SCHEMA, id_column="id"))
+    with Job.existing(source) as job:
+        place = next(job.journal.query("SELECT offset, length, custom_id FROM items LIMIT 1"))
+        item = job.reader.item(read_place(job.reader.path, *place[:2]), place[2])
+        assert item.body["messages"][0]["content"] == ASKED["a"] and item.body["response_format"]
+    assert batch.write_results(source, tmp_path / "late.parquet") == 0
+    assert "score" in parquet.read_table(tmp_path / "late.parquet").column_names
+    source.unlink()
+    assert batch.status(source).state == "completed"
+
+
+def test_an_estimate_of_a_table(tmp_path: Path) -> None:
+    found = batch.estimate(written(tmp_path, "csv"), table=TableOptions(template=TEMPLATE))
+    assert found.items == 2 and not found.bad

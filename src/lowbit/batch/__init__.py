@@ -7,6 +7,7 @@ import contextlib
 import os
 import shutil
 import signal
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,10 +37,13 @@ Path_ = str | os.PathLike[str]
 @dataclass(frozen=True, kw_only=True)
 class Ran:
     """How a run ended. stop: completed, cancelled, budget or asked. signal: that asked for it, or None. status: of the
-    job by then. out, errors: files that were written, None where it is not done."""
+    job by then. source, folder: of the job, also where IN was standard input. out, errors: files that were written,
+    None where it is not done."""
 
     stop: str
     status: Status
+    source: Path
+    folder: Path
     signal: int | None = None
     out: Path | None = None
     errors: Path | None = None
@@ -95,13 +99,12 @@ def run(
     kept = None if journal is None else Path(journal)
     path, folder = sources.named(source, out, kept, anew=options.restart)
     opened = sources.open_source(path, folder, table, form)
-    settings = {} if table is None else table.deciding()
     if options.restart:
         restart(path, folder)
     with Job(path, folder, opened.reader, grows=opened.grows) as job:
         if out is not None and os.fspath(out) != sources.STDIN:
             job.journal.set("out", str(Path(out).absolute()))
-        stop, number = asyncio.run(_run(job, answering, options, settings))
+        stop, number = asyncio.run(_run(job, answering, options, table, opened.reading))
         ran = _ended(job, stop, number, None if out is None else Path(out))
     if folder.parent == sources.cache() and ran.out is not None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -131,27 +134,29 @@ def cancel(source: Path_, *, journal: Path_ | None = None) -> Status:
     return _told(source, journal, "cancelled")
 
 
-def results(source: Path_, out: Path_, *, journal: Path_ | None = None) -> int:
+def write_results(source: Path_, out: Path_, *, journal: Path_ | None = None) -> int:
     """Writes what there is so far; how many errors are in it."""
     from lowbit.batch.results import write
+    from lowbit.batch.sources import check_apart
 
+    check_apart(Path(source), Path(out))
     with _existing(source, journal) as job:
         return write(job.journal, Path(out), job.journal.get("schema"))
 
 
 def estimate(
     source: Path_, *, model: str | None = None, endpoint: str | Sequence[str] | None = None,
-    endpoint_model: str | None = None, probe: int = 0, seed: int = 0, options: BatchOptions | None = None,
-    model_options: ModelOptions | None = None,
+    endpoint_model: str | None = None, probe: int = 0, seed: int = 0, table: TableOptions | None = None,
+    form: str | None = None, options: BatchOptions | None = None, model_options: ModelOptions | None = None,
 ) -> Estimate:  # fmt: skip
     """What a batch will take: items, and tokens by the model's own tokenizer; with a probe of so many items, drawn at
     random, time and the length of answers too. Nothing of it is kept.
 
     Raises BadFile, BadOption, NotFound, RuntimeFailed.
     """
+    from lowbit.batch import sources
     from lowbit.batch.engines import EngineOptions, open_engine
     from lowbit.batch.estimation import estimate as found
-    from lowbit.batch.items import BatchLines
     from lowbit.batch.options import BatchOptions
     from lowbit.model_server import ModelOptions
 
@@ -164,7 +169,10 @@ def estimate(
             endpoint_model=endpoint_model, key=os.environ.get("LOWBIT_UPSTREAM_KEY"), slots=options.slots,
             server=model_options or ModelOptions(), harness=options.harness,
         ))  # fmt: skip
-    return found(BatchLines(Path(source)), model=model, engine=engine, probe=probe, seed=seed)
+    with tempfile.TemporaryDirectory(prefix="lowbit-estimate-") as folder:
+        path, place = sources.named(source, None, Path(folder))
+        reader = sources.open_source(path, place, table, form).reader
+        return found(reader, model=model, engine=engine, probe=probe, seed=seed)
 
 
 def check(
@@ -229,14 +237,17 @@ def _told(source: Path_, journal: Path_ | None, state: str) -> Status:
         return found(job)
 
 
-async def _run(job: Job, engine: Engine, options: BatchOptions, settings: dict[str, Any]) -> tuple[Stop, int | None]:
+async def _run(
+    job: Job, engine: Engine, options: BatchOptions, table: TableOptions | None, reading: dict[str, Any]
+) -> tuple[Stop, int | None]:
     from lowbit.batch.job import retry_failed
     from lowbit.batch.meter import Meter
     from lowbit.batch.progress import Counter
     from lowbit.batch.runner import Runner
 
     again = job.journal.get("settings") is not None
-    job.begin(settings | options.deciding() | await engine.deciding(), strict=options.strict)
+    settings = ({} if table is None else table.deciding()) | options.deciding() | await engine.deciding()
+    job.begin(settings, strict=options.strict, reading=reading)
     if options.retry_failed and (count := retry_failed(job)):
         console.log(f"{count:,} items that had failed are asked again")
     engine.expect(job.journal.longest())
@@ -294,5 +305,8 @@ def _ended(job: Job, stop: Stop, number: int | None, out: Path | None) -> Ran:
     if stop in (Stop.COMPLETED, Stop.CANCELLED) and out is not None:
         errors = job.folder / "errors.jsonl" if str(out) == "-" else errors_path(out)
         count = write(job.journal, out, job.journal.get("schema"), errors)
-        return Ran(stop=stop.value, status=now, out=out, errors=errors if count else None)
-    return Ran(stop=stop.value, status=now, signal=number)
+        return Ran(
+            stop=stop.value, status=now, source=job.source, folder=job.folder, out=out,
+            errors=errors if count else None,
+        )  # fmt: skip
+    return Ran(stop=stop.value, status=now, source=job.source, folder=job.folder, signal=number)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from lowbit import console
-from lowbit.batch.items import BatchLines, Item, NoItem, Place, Reader, read_place
+from lowbit.batch.items import Item, NoItem, Place, Reader, read_place
 from lowbit.batch.journal import CANCELLED, FAILED, Journal, Lease
 from lowbit.errors import BadFile, BadOption, NotFound
 from lowbit.files import cannot_write
@@ -35,8 +35,7 @@ class Job:
     Raises BadFile, CannotWrite."""
 
     def __init__(self, source: Path, folder: Path, reader: Reader | None = None, *, grows: bool = True) -> None:
-        self.source, self.folder, self._grows = source, folder, grows
-        self.reader: Reader = reader or BatchLines(source)
+        self.source, self.folder, self._grows, self._reader = source, folder, grows, reader
         self.journal = Journal(folder / _DATABASE)
         self._stat: tuple[int, int, int] | None = None
 
@@ -49,14 +48,24 @@ class Job:
                            hint=f"lowbit batch run {source} -o OUT.jsonl --model MODEL begins one")  # fmt: skip
         return cls(source, folder)
 
+    @property
+    def reader(self) -> Reader:
+        """Of IN's items, as the job was begun. Raises BadFile, BadOption."""
+        if self._reader is None:
+            from lowbit.batch.sources import opened
+
+            self._reader = opened(self.source, self.folder, self.journal.get("reading"))
+        return self._reader
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.journal.close()
 
-    def begin(self, settings: Mapping[str, Any], *, strict: bool = False) -> None:
-        """Takes IN's items into the journal, or sees that they are there and that the settings are the same.
+    def begin(self, settings: Mapping[str, Any], *, strict: bool = False, reading: Any = None) -> None:
+        """Takes IN's items into the journal, or sees that they are there and that the settings are the same. reading:
+        how IN is read, for ``opened``.
 
         Raises BadFile (IN is no batch, or another than it was), BadOption (other settings).
         """
@@ -65,7 +74,7 @@ class Job:
             raise BadOption("this batch was cancelled", where=self.source, hint=hint)
         before = self.journal.get("settings")
         if before is None:
-            self._take_in(dict(settings), strict)
+            self._take_in(dict(settings), strict, reading)
         else:
             self._check_settings(before, settings)
             self._check_source(strict)
@@ -79,7 +88,7 @@ class Job:
 
     # IN
 
-    def _take_in(self, settings: dict[str, Any], strict: bool) -> None:
+    def _take_in(self, settings: dict[str, Any], strict: bool, reading: Any) -> None:
         with self.journal.transaction():
             if self.journal.get("settings") is not None:  # another process was quicker
                 return
@@ -91,6 +100,7 @@ class Job:
                 raise BadFile("not a batch: no line is a request", where=self.source,
                               found=f"line {first.line}: {first.problem}", hint=_FORM)  # fmt: skip
             self.journal.set("schema", self._schema())
+            self.journal.set("reading", reading)
             self.journal.set("source", seen)
             self.journal.set("created", time.time())
             self.journal.set("state", "running")

@@ -36,7 +36,7 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS owners (
   id INTEGER PRIMARY KEY AUTOINCREMENT, host TEXT NOT NULL, pid INTEGER NOT NULL, start TEXT NOT NULL,
-  begun REAL NOT NULL, heard REAL NOT NULL);
+  begun REAL NOT NULL, heard REAL NOT NULL, beat REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS items (
   number INTEGER PRIMARY KEY, line INTEGER NOT NULL, offset INTEGER NOT NULL, length INTEGER NOT NULL,
   custom_id TEXT UNIQUE, state INTEGER NOT NULL, sent INTEGER NOT NULL DEFAULT 0, tries INTEGER NOT NULL DEFAULT 0,
@@ -168,20 +168,23 @@ class Journal:
         with self._told():
             now = time.time()
             found = self._db.execute(
-                "INSERT INTO owners (host, pid, start, begun, heard) VALUES (?, ?, ?, ?, ?)",
-                (host, pid, start, now, now),
+                "INSERT INTO owners (host, pid, start, begun, heard, beat) VALUES (?, ?, ?, ?, ?, ?)",
+                (host, pid, start, now, now, time.monotonic()),
             )
         self._owner = found.lastrowid or 0
 
     def beat(self) -> None:
         """Says that this process is alive."""
         with self._told():
-            self._db.execute("UPDATE owners SET heard = ? WHERE id = ?", (time.time(), self._owner))
+            now = time.time(), time.monotonic()
+            self._db.execute("UPDATE owners SET heard = ?, beat = ? WHERE id = ?", (*now, self._owner))
 
     def owners(self) -> list[owners.Owner]:
         """Those who have entered and not left, dead ones too."""
         with self._told():
-            rows = self._db.execute("SELECT id, host, pid, start, begun, heard FROM owners ORDER BY id").fetchall()
+            rows = self._db.execute(
+                "SELECT id, host, pid, start, begun, heard, beat FROM owners ORDER BY id"
+            ).fetchall()
         return [owners.Owner(*row) for row in rows]
 
     def take_over(self) -> int:
@@ -262,7 +265,8 @@ class Journal:
                 "UPDATE items SET sent = 1, tries = tries + 1 WHERE number = ? AND owner = ?",
                 [(number, self._owner) for number in sent],
             )
-            for numbers, strikes, points, alone in ((back, 0, 0, 0), (struck, 1, 0, 0), (died, 0, SERVER_DIED, ALONE)):
+            fates = (back, 0, 0, 0), (struck, 1, 0, 0), (died, 0, SERVER_DIED, ALONE)
+            for numbers, strikes, points, alone in fates:
                 self._db.executemany(
                     "UPDATE items SET state = ?, owner = NULL, sent = 0, strikes = strikes + ?,"
                     " points = points + CASE WHEN points >= 4 THEN ? ELSE ? END"

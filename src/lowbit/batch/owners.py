@@ -15,7 +15,7 @@ SILENT = 120.0  # seconds without a sign of life after which what a process had 
 @dataclass(frozen=True, slots=True)
 class Owner:
     """host: name and pid namespace. start: of the process, in the system's own clock, "" where it does not tell.
-    begun, heard: seconds of the epoch."""
+    begun, heard: seconds of the epoch. beat: when it was heard, by its machine's monotonic clock."""
 
     id: int
     host: str
@@ -23,14 +23,16 @@ class Owner:
     start: str
     begun: float
     heard: float
+    beat: float
 
     def alive(self) -> bool:
         """False of one that is gone or has been silent for long."""
-        if time.time() - self.heard > SILENT:
-            return False
         if self.host != host() or sys.platform == "win32":  # os.kill(pid, 0) would end it there
-            return True
-        return exists(self.pid) and (not self.start or started(self.pid) == self.start)
+            return time.time() - self.heard <= SILENT
+        if not exists(self.pid) or (self.start and started(self.pid) != self.start):
+            return False
+        # Not the time of day: it jumps, and a machine that slept would find all others silent.
+        return time.monotonic() - self.beat <= SILENT
 
 
 def own() -> tuple[str, int, str]:

@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import enum
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from lowbit import console
 from lowbit.batch.engines.base import Engine, Lost, NotReached
 from lowbit.batch.intake import Intake
 from lowbit.batch.items import Item
@@ -20,12 +22,14 @@ from lowbit.batch.journal import NO_REQUEST, Lease, Result
 from lowbit.batch.options import BatchOptions
 from lowbit.errors import RuntimeFailed
 from lowbit.harness import HarnessError, Trace
+from lowbit.units import format_duration
 
 _TICK = 1.0  # seconds between two looks at what others want
 _BEAT = 10.0  # seconds between two signs of life
 _GROUP = 0.02  # seconds within which results are committed together
 _TURNED_AWAY = 30  # times that a server is too busy for an item before that counts as its fault
 _CRASHES = 10  # of the server, with no answer in between: it is not the items
+_SAY_AFTER = 3.0  # seconds without a server
 _NO_PLACE = 3  # answers of 404 or 405, and no other: the URL is wrong, not the items
 
 
@@ -290,10 +294,12 @@ class Runner:
 
     def _rest_for(self, seconds: float, why: str = "the model's server went away") -> None:
         if not self._resting():
-            self._rest, self._why = seconds, why
+            self._rest, self._why, self._rested_at = seconds, why, time.monotonic()
         self._rest_until = max(self._rest_until, time.monotonic() + seconds)
 
     _why: str = ""
+    _rested_at: float = 0.0
+    _said: bool = False
 
     def _resting(self) -> bool:
         return self._rest_until > 0
@@ -304,7 +310,13 @@ class Runner:
             return
         if await self._engine.ready():
             self._rest_until = 0.0
+            if self._said:
+                console.log("The server answers again")
+            self._said = False
             return
+        if not self._said and time.monotonic() - self._rested_at > _SAY_AFTER:
+            self._said, limit = True, format_duration(self._options.patience)
+            console.log(f"Waiting for a server, up to {limit} (--patience): {self._why}")
         if time.monotonic() - self._heard > self._options.patience:
             raise RuntimeFailed("no answer any more", where=self._engine.name, found=self._why,
                                 hint="The same command goes on from here, when there is a server again")  # fmt: skip
@@ -348,12 +360,27 @@ def _result(
     told = told if isinstance(told, dict) else {}
     usage = told.get("usage") or body.get("usage") or {}
     tokens = {name: usage.get(name) or usage.get(other) or 0 for name, other in _TOKENS.items()}
-    # An answer may have half a surrogate pair in it, which JSON can spell and UTF-8 cannot.
-    raw = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")
     return Result(
-        number=lease.number, status=status, kind=kind, body=raw, seconds=seconds,
+        number=lease.number, status=status, kind=kind, body=_as_json(body), seconds=seconds,
         tries=lease.tries + max(1, told.get("tries") or 1), **tokens,
     )  # fmt: skip
+
+
+def _as_json(body: dict[str, Any]) -> bytes:
+    """Half a surrogate pair is something that JSON can spell and UTF-8 cannot; NaN is something that servers send."""
+    try:
+        text = json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(body), ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "backslashreplace")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 _TOKENS = {"prompt_tokens": "input_tokens", "completion_tokens": "output_tokens"}

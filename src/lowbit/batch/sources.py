@@ -22,6 +22,7 @@ from typing import IO, Any
 from lowbit import files
 from lowbit.batch.items import BatchLines, Reader
 from lowbit.batch.job import SUFFIX, folder_of
+from lowbit.batch.results import errors_path
 from lowbit.batch.table import CsvRows, JsonRows, TableOptions, first_item, shown
 from lowbit.errors import BadFile, BadOption, CannotWrite, NotFound
 
@@ -34,12 +35,13 @@ _AT_A_TIME = 1 << 20
 @dataclass(frozen=True)
 class Source:
     """path: what the user named, or where standard input was put. folder: of the job. reader: of its items. grows:
-    whether lines may be added to it."""
+    whether lines may be added to it. reading: what it is opened with again."""
 
     path: Path
     folder: Path
     reader: Reader
     grows: bool
+    reading: dict[str, Any]
 
 
 def named(
@@ -51,8 +53,13 @@ def named(
     Raises BadFile, BadOption (standard input is another than it was), CannotWrite.
     """
     if os.fspath(source) == STDIN:
-        return _from_stdin(out, folder, anew)
+        return _from_stream(sys.stdin.buffer, out, folder, anew)
     path = Path(source)
+    if path.is_fifo():  # a shell's <(...)
+        with open(path, "rb") as stream:
+            return _from_stream(stream, out, folder, anew)
+    if out is not None:
+        check_apart(path, Path(out))
     if not path.is_file():
         raise BadFile("no such file", where=path, expected="requests, one a line, or a table")
     return path, folder or folder_of(path)
@@ -64,26 +71,44 @@ def open_source(path: Path, folder: Path, table: TableOptions | None, form: str 
 
     Raises BadFile, BadOption (a table without a template), NotFound (Parquet without pyarrow), CannotWrite.
     """
-    packed = path.suffix == ".gz"
-    suffix = Path(path.stem).suffix if packed else path.suffix
-    form = form or _TABLES.get(suffix.lower(), "jsonl")
+    form = form or _form_of(path)
     if form not in FORMS:
         raise BadOption("unknown form", found=form, expected=", ".join(FORMS))
     if table is None and form != "jsonl":
         raise BadOption("a table wants a template", where=path, expected="--template FILE|TEXT",
                         hint='As in --template "Is this good or bad? {{ text }}"')  # fmt: skip
-    read = path
-    if form == "parquet":
-        read = _spooled(path, folder, "jsonl", _rows_of_parquet)
-    elif packed:
-        read = _spooled(path, folder, form, _unpack)
-    reader: Reader
-    if table is None:
-        reader = BatchLines(read)
-    else:
-        reader = CsvRows(read, table) if form == "csv" else JsonRows(read, table)
+    read = _read_path(path, folder, form)
+    reader = _reader(read, table, form)
+    if isinstance(reader, CsvRows | JsonRows):
         first_item(reader)
-    return Source(path, folder, reader, grows=read == path)
+    reading = {"form": form, "table": None if table is None else table.as_json()}
+    return Source(path, folder, reader, grows=read == path, reading=reading)
+
+
+def opened(path: Path, folder: Path, reading: dict[str, Any] | None) -> Reader:
+    """The reader of a job that was begun before. Raises BadFile, CannotWrite."""
+    if reading is None:
+        return BatchLines(path)
+    table = None if reading["table"] is None else TableOptions(**reading["table"])
+    return _reader(_read_path(path, folder, reading["form"]), table, reading["form"])
+
+
+def _form_of(path: Path) -> str:
+    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    return _TABLES.get(suffix.lower(), "jsonl")
+
+
+def _read_path(path: Path, folder: Path, form: str) -> Path:
+    """The file that items are read from."""
+    if form == "parquet":
+        return _spooled(path, folder, "jsonl", _rows_of_parquet)
+    return _spooled(path, folder, form, _unpack) if path.suffix == ".gz" else path
+
+
+def _reader(path: Path, table: TableOptions | None, form: str) -> Reader:
+    if table is None:
+        return BatchLines(path)
+    return CsvRows(path, table) if form == "csv" else JsonRows(path, table)
 
 
 def cache() -> Path:
@@ -91,7 +116,16 @@ def cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowbit" / "batch"
 
 
-def _from_stdin(out: str | os.PathLike[str] | None, folder: Path | None, anew: bool) -> tuple[Path, Path]:
+def check_apart(source: Path, out: Path) -> None:
+    """Raises BadOption where what is to be written would replace IN."""
+    for path in (out, errors_path(out)):
+        if path.exists() and source.exists() and path.samefile(source):
+            raise BadOption("the results would replace what is asked", where=path, hint="Choose another -o")
+
+
+def _from_stream(
+    stream: IO[bytes], out: str | os.PathLike[str] | None, folder: Path | None, anew: bool
+) -> tuple[Path, Path]:
     if folder is None and out is not None and os.fspath(out) != STDIN:
         folder = Path(os.fspath(out) + SUFFIX)
     place = folder or cache()
@@ -99,7 +133,7 @@ def _from_stdin(out: str | os.PathLike[str] | None, folder: Path | None, anew: b
         place.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=place, prefix="stdin-", delete=False) as handle:
             given = Path(handle.name)
-            digest = _copied(sys.stdin.buffer, handle)
+            digest = _copied(stream, handle)
     try:
         if not given.stat().st_size:
             raise BadFile("nothing on standard input", expected="requests, one a line")
@@ -136,7 +170,10 @@ def _begins_with(path: Path, begin: Path) -> bool:
 
 def _spooled(path: Path, folder: Path, suffix: str, write: Callable[[Path, IO[bytes]], Any]) -> Path:
     """Made once for what the file is now; the job sees to it that it stays so."""
-    stat = path.stat()
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise BadFile(f"cannot be read: {error.strerror}", where=path) from None
     told = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ino}".encode()).hexdigest()[:12]
     spool = folder / f"rows-{told}.{suffix}"
     if not spool.exists():

@@ -40,6 +40,10 @@ class TableOptions:
         found = {"template": self.template, "system": self.system, "id": self.id_column, "schema": self.schema}
         return found | {f"body.{name}": value for name, value in self.body.items()}
 
+    def as_json(self) -> dict[str, Any]:
+        """All of it but check, for ``TableOptions(**found)``."""
+        return {name: value for name, value in vars(self).items() if name != "check"} | {"body": dict(self.body)}
+
 
 class _Table:
     """What the forms share: a row becomes a request."""

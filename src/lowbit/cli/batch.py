@@ -83,12 +83,13 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_estimate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="IN.jsonl", help=_IN)
+    parser.add_argument("source", metavar="IN", help=_IN)
     _add_answering(parser, ": its tokenizer counts, and the probe asks it")
     parser.add_argument("--probe", type=whole, default=0, metavar="N",
                         help="ask for N items, drawn at random, and measure; nothing is kept (default: 0)")  # fmt: skip
     parser.add_argument("--seed", type=whole, default=0, metavar="N", help="of the draw (default: 0)")
     add_json(parser)
+    add_table(parser, seed=False)
     batch_money.add_money(parser)
     add_server(parser)
     add_harness(parser)
@@ -118,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
     from lowbit import batch, console
 
     if args.command == "results":
-        count = batch.results(args.source, args.out, journal=args.journal)
+        count = batch.write_results(args.source, args.out, journal=args.journal)
         console.log(f"Wrote {args.out}" + (f"; {count:,} errors" if count else ""))
         return 0
     if args.command == "status" and args.watch:
@@ -130,8 +131,13 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     from lowbit import batch, console
     from lowbit.batch.options import BatchOptions
+    from lowbit.errors import BadOption
 
+    if args.out == args.json == "-":
+        raise BadOption("results and status cannot both be standard output", expected="a file for one of the two")
     check = batch_money.check_of(args)
+    if args.source == args.out == "-" and (check is not None or batch_money.wanted(args)):
+        raise BadOption("costs and checks want a job that stays", expected="-o FILE, where IN is standard input")
     batch_money.machine_of(args)  # now, not when the work is done
     options = BatchOptions(
         slots=args.slots, harness=harness_options(args), tries=args.item_tries, minutes=args.minutes,
@@ -140,10 +146,11 @@ def _run(args: argparse.Namespace) -> int:
     ran = batch.run(
         args.source, args.out, model=args.model, endpoint=args.endpoint, endpoint_model=args.endpoint_model,
         engine=args.engine, table=table_options(args), form=args.format, options=options,
-         model_options=model_options(args), journal=args.journal,
+        model_options=model_options(args), journal=args.journal,
     )  # fmt: skip
     from lowbit.batch.terminal import ended
 
+    args.source, args.journal = ran.source, ran.folder  # standard input, too, is now a file
     for line in ended(ran):
         console.log(line)
     found = ran.status.as_json()

@@ -145,6 +145,7 @@ def run_estimate(args: argparse.Namespace) -> int:
     from lowbit.batch.options import BatchOptions
     from lowbit.cli import cost_table
     from lowbit.cli.model_flags import harness_options, model_options
+    from lowbit.cli.table_flags import table_options
     from lowbit.harness.prices import PriceFile, bundled
     from lowbit.measure import record
 
@@ -153,7 +154,8 @@ def run_estimate(args: argparse.Namespace) -> int:
     with results_only():
         found = batch.estimate(
             args.source, model=args.model, endpoint=args.endpoint, endpoint_model=args.endpoint_model,
-            probe=args.probe, seed=args.seed, options=options, model_options=model_options(args),
+            probe=args.probe, seed=args.seed, table=table_options(args), form=args.format, options=options,
+            model_options=model_options(args),
         )  # fmt: skip
         work, here = found.work(), record.machine()
         costs = None if work is None else cost(work, machine, prices, args.hosted)
