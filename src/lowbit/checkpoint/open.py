@@ -6,6 +6,8 @@ from pathlib import Path
 
 from lowbit.checkpoint.folder_checkpoint import FolderCheckpoint
 from lowbit.checkpoint.gguf_checkpoint import GgufCheckpoint
+from lowbit.checkpoint.litertlm_checkpoint import LitertLmCheckpoint
+from lowbit.checkpoint.litertlm_file import is_litertlm
 from lowbit.checkpoint.model import Checkpoint
 from lowbit.checkpoint.resolve import resolve
 from lowbit.errors import NotFound
@@ -18,6 +20,8 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     """
     path = resolve(model)
     try:
+        if is_litertlm(path):
+            return LitertLmCheckpoint(path)
         return FolderCheckpoint(path) if path.is_dir() else GgufCheckpoint(path)
     except OSError as error:
         raise NotFound(f"cannot read: {error.strerror or error}", where=error.filename or path) from error

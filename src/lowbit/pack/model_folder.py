@@ -88,7 +88,7 @@ def write(
             index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
             write_json(folder / "model.safetensors.index.json", index)
         write_json(folder / "config.json", dict(config))
-        _write_tokenizer(folder, checkpoint)
+        write_tokenizer(folder, checkpoint)
         if check is not None:
             check(folder)
     return size
@@ -217,7 +217,7 @@ def _n_weights(spec: TensorSpec) -> int:
     return spec.n_rows * spec.shape[-1]
 
 
-def _write_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
+def write_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
     """The source's own files; those of a GGUF as transformers makes them. Raises NotFound."""
     if checkpoint.gguf_metadata() is None:
         copy_side_files(checkpoint.path, folder)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 from gguf.constants import GGUFValueType
 
+from lowbit.checkpoint.decoder import Decoder
 from lowbit.checkpoint.gguf_file import Field
 from lowbit.checkpoint.tensor_file import n_rows, pick_rows
 from lowbit.errors import BadConfig, BadFile, Unsupported
@@ -201,6 +202,10 @@ class Family(ABC):
     def mlx_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """config.json as mlx-lm's model of this family reads it. Raises Unsupported where it has none."""
         raise Unsupported("lowbit does not write this family for MLX", found=self.name, hint="--to gguf has it")
+
+    def decoder(self, config: Mapping[str, Any]) -> Decoder:
+        """What a model of a checked config computes. Raises Unsupported where lowbit cannot write that down."""
+        raise Unsupported("lowbit does not write this family for LiteRT-LM", found=self.name, hint="--to gguf has it")
 
     def computed(self, config: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Tensors that GGUF stores and Hugging Face computes from the config (by GGUF name, float32)."""

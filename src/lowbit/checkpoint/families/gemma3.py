@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from lowbit.checkpoint.decoder import Decoder, frequencies
 from lowbit.checkpoint.families import _decoder_gguf
 from lowbit.checkpoint.families.base import (
     Family,
@@ -125,6 +126,22 @@ class Gemma3(Family):
         return {
             **config, **mlx_rope(full), "rope_local_base_freq": local["rope_theta"], "sliding_window_pattern": _PERIOD,
         }  # fmt: skip
+
+    def decoder(self, config: Mapping[str, Any]) -> Decoder:
+        head_dim, cache = config["head_dim"], self.cache(config)
+        full, local = (frequencies(rope, head_dim) for rope in _ropes(config, "config"))
+        return Decoder(
+            heads=config["num_attention_heads"],
+            kv_heads=config["num_key_value_heads"],
+            head_dim=head_dim,
+            epsilon=config["rms_norm_eps"],
+            activation="gelu_tanh",
+            query_scale=config["query_pre_attn_scalar"] ** -0.5,
+            frequencies=tuple(full if layer.window is None else local for layer in cache),
+            windows=tuple(layer.window for layer in cache),
+            embedding_scale=config["hidden_size"] ** 0.5,
+            norm_offset=1.0,
+        )
 
     def config_from_gguf(self, values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: object) -> dict:
         keys = Gguf(values, "gemma3", where)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from lowbit.checkpoint.decoder import Decoder, decoder_of, frequencies
 from lowbit.checkpoint.families import _decoder_gguf
 from lowbit.checkpoint.families.base import (
     Family,
@@ -126,6 +127,11 @@ class Llama(Family):
 
     def mlx_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return {**config, **mlx_rope(_rope(config, "config"))}
+
+    def decoder(self, config: Mapping[str, Any]) -> Decoder:
+        head_dim, rope = _head_dim(config), _rope(config, "config")
+        factors = self.computed(config).get(_ROPE_FREQS)
+        return decoder_of(config, head_dim, frequencies(rope, head_dim, factors))
 
     def config_from_gguf(self, values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: object) -> dict:
         keys = Gguf(values, "llama", where)

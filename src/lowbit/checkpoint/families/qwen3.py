@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lowbit.checkpoint.decoder import Decoder, decoder_of, frequencies
 from lowbit.checkpoint.families import _decoder_gguf
 from lowbit.checkpoint.families.base import (
     Family,
@@ -94,6 +95,10 @@ class Qwen3(Family):
 
     def mlx_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return {**config, **mlx_rope(_rope(config, "config"))}
+
+    def decoder(self, config: Mapping[str, Any]) -> Decoder:
+        head_dim = config["head_dim"]
+        return decoder_of(config, head_dim, frequencies(_rope(config, "config"), head_dim))
 
     def config_from_gguf(self, values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: object) -> dict:
         keys = Gguf(values, "qwen3", where)
