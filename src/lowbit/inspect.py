@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import numpy as np
 
 from lowbit.checkpoint import Checkpoint, open_checkpoint, resolve
 from lowbit.checkpoint.gguf_file import GgufFile
+from lowbit.checkpoint.litertlm_file import CONFIG, SCALES, LitertLmFile, is_litertlm
 from lowbit.checkpoint.model import FORMAT, MANIFEST, read_json
 from lowbit.checkpoint.packed import Scheme
 from lowbit.checkpoint.projectors import Projector
@@ -35,11 +38,12 @@ _DIMENSIONS = (
 
 
 def inspect(model: str | Path) -> dict[str, Any]:
-    """What ``model`` is: a GGUF of any architecture, a .safetensors file, a Hugging Face folder, a hub id or a name.
+    """What ``model`` is: a GGUF of any architecture, a .safetensors or .litertlm file, a Hugging Face folder, a hub
+    id or a name.
 
     The result is JSON as it stands:
-      path, kind ('gguf'; of folders 'safetensors', 'mlx' or 'compressed-tensors'), architecture (GGUF's word, 'llama'),
-        name, license, tied;
+      path, kind ('gguf', 'litert-lm'; of folders 'safetensors', 'mlx' or 'compressed-tensors'), architecture (GGUF's
+        word, 'llama'), name, license, tied;
       tensors: [{name, shape (row-major), dtype, bytes (of a matrix of MLX or compressed-tensors the weights' shape, the
         format, 'mlx_affine4_g32' or 'int4_g32', and the bytes of all parts); grid where the tensor has lowbit codes
         and scales; lattice where
@@ -61,6 +65,8 @@ def inspect(model: str | Path) -> dict[str, Any]:
             found, entries, raw = _folder(path)
         elif path.suffix == ".safetensors":
             found, entries, raw = _safetensors(path)
+        elif is_litertlm(path):
+            found, entries, raw = _litertlm(path)
         else:
             found, entries, raw = _gguf(path)
     except OSError as error:
@@ -114,6 +120,25 @@ def _safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Entry], Raw]:
     found: dict[str, Any] = {"kind": "safetensors", "name": _utf8(path.stem), "size_bytes": path.stat().st_size}
     found |= {**nothing, "projectors": {}, "projection_size": None}
     return found, file.entries, file.raw
+
+
+def _litertlm(path: Path) -> tuple[dict[str, Any], dict[str, Entry], Raw]:
+    file = LitertLmFile(path)
+    scales = {name: entry.n_bytes for name, entry in file.entries.items() if name.endswith(SCALES)}
+    entries = {
+        name: replace(entry, n_bytes=entry.n_bytes + scales.get(name + SCALES, 0))
+        for name, entry in file.entries.items()
+        if name not in scales
+    }
+    nothing = dict.fromkeys(("architecture", "license", "tied", "quantization"))
+    found: dict[str, Any] = {"kind": "litert-lm", "name": _utf8(path.stem), "size_bytes": path.stat().st_size}
+    try:
+        config = json.loads(file.header.entries.get(CONFIG, "{}"))
+    except (ValueError, RecursionError):
+        config = {}  # which is the checkpoint's problem, and told as that
+    config = config if isinstance(config, dict) else {}
+    found |= {**nothing, "projectors": {}, "projection_size": None}
+    return found | {ours: _size(config.get(key)) for ours, _, key in _DIMENSIONS}, entries, file.raw
 
 
 def _folder(path: Path) -> tuple[dict[str, Any], dict[str, Entry], Raw]:

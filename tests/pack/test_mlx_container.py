@@ -271,7 +271,7 @@ def test_what_does_not_go_together(qat: Make, tiny_llama: Make, tmp_path: Path) 
         ("q4_0", "mlx", "does not have the recipe's format; found q4_0"),
         ("mlx_affine4_g32", "gguf", "found mlx_affine4_g32"),
         ("int4_g32", "mlx", "found int4_g32"),
-        (None, "onnx", "no such container; found 'onnx'; expected one of compressed-tensors, gguf, mlx"),
+        (None, "onnx", "no such container; found 'onnx'; expected one of compressed-tensors, gguf, litert-lm, mlx"),
     ):
         with pytest.raises(BadOption, match=says):
             lowbit.pack(qat(), recipe, tmp_path / "x", to=to)

@@ -49,6 +49,14 @@ class Header:
     sections: tuple[Section, ...]
     entries: dict[str, str]
 
+    def model(self, where: Path) -> Section:
+        """The section of the text model. Raises Unsupported where it is not the only model."""
+        found = [section for section in self.sections if section.kind == MODEL]
+        if len(found) != 1 or found[0].model_type not in TEXT_MODELS:
+            kinds = ", ".join(sorted(section.model_type or "unnamed" for section in found)) or "no model"
+            raise Unsupported("not a file of one text model alone", where=where, found=kinds)
+        return found[0]
+
 
 def flip(codes: np.ndarray, bits: int) -> np.ndarray:
     """Packed codes (uint8) between the grid's unsigned ones and LiteRT's two's complement: the top bit of each."""
@@ -63,9 +71,13 @@ def is_litertlm(path: Path) -> bool:
         return path.suffix.lower() == ".litertlm" or handle.read(len(MAGIC)) == MAGIC
 
 
-def read_header(path: Path) -> Header:
-    """The header of a .litertlm. Raises NotFound (no such file, LiteRT-LM not installed) and BadFile."""
-    schema = header_schema()
+def check_magic(path: Path) -> None:
+    """Raises NotFound where there is no such file, and BadFile where it is no .litertlm. Needs no library."""
+    _read_start(path)
+
+
+def _read_start(path: Path) -> tuple[bytes, int, int]:
+    """The header's bytes, where it ends, and the file's size."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as handle:
@@ -76,11 +88,17 @@ def read_header(path: Path) -> Header:
             end = struct.unpack_from("<Q", head, 24)[0] if len(head) == HEADER_BEGIN else 0
             if not HEADER_BEGIN < end <= min(size, _LARGEST_HEADER):
                 raise BadFile("the header is damaged", where=path, found=f"its end at byte {end} of {size}")
-            header = handle.read(end - HEADER_BEGIN)
+            return handle.read(end - HEADER_BEGIN), end, size
     except FileNotFoundError:
         raise NotFound("no such file", where=path, expected="a .litertlm") from None
     except OSError as error:
         raise BadFile("cannot be read", where=path, found=error.strerror) from None
+
+
+def read_header(path: Path) -> Header:
+    """The header of a .litertlm. Raises NotFound (no such file, LiteRT-LM not installed) and BadFile."""
+    header, end, size = _read_start(path)
+    schema = header_schema()
     try:
         root = schema.LiteRTLMMetaData.GetRootAs(header, 0)
         listed, system = root.SectionMetadata(), root.SystemMetadata()
@@ -113,14 +131,11 @@ class LitertLmFile(TensorFile):
 
     def __init__(self, path: Path) -> None:
         self.header = read_header(path)
-        models = [s for s in self.header.sections if s.kind == MODEL]
-        if len(models) != 1 or models[0].model_type not in TEXT_MODELS:
-            found = ", ".join(s.model_type or "unnamed" for s in models) or "no model"
-            raise Unsupported("not a file of one text model alone", where=path, found=found)
+        model = self.header.model(path)
         super().__init__(path)
         self.entries = {}
         try:
-            self._read_model(models[0])
+            self._read_model(model)
         except BadFile:
             self.close()
             raise
@@ -130,7 +145,7 @@ class LitertLmFile(TensorFile):
             raise BadFile(what, where=path, found=str(error).splitlines()[0][:100]) from error
 
     def _read_model(self, section: Section) -> None:
-        schema, raw = tflite_schema(), memoryview(self._map)[: section.end]
+        schema, raw = tflite_schema(), memoryview(self._map.data)[: section.end]
         model = schema.Model.GetRootAs(raw, section.begin)
         found = [model.SignatureDefs(i) for i in range(min(model.SignatureDefsLength(), 1000))]
         decode = next((s.SubgraphIndex() for s in found if s.SignatureKey() == b"decode"), None)

@@ -1,6 +1,6 @@
-"""Write a checkpoint as GGUF, MLX or compressed-tensors, with a certificate of what is lossless. Codes and scales that
-training ended on are written as they are, never rounded again; those of a checkpoint that another program trained are
-found again in its values. --verify proves an artifact that is there already, whoever made it."""
+"""Write a checkpoint as GGUF, MLX, compressed-tensors or LiteRT-LM, with a certificate of what is lossless. Codes and
+scales that training ended on are written as they are, never rounded again; those of a checkpoint that another program
+trained are found again in its values. --verify proves an artifact that is there already, whoever made it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="type of the matrices: q4_0 (GGUF's default), q4_1, q5_0, q5_1, q8_0, iq4_nl, q4_k, q5_k, "
         "q6_k; q4_k_m, llama-quantize's mix; mlx_affine4_g32 (MLX's default), "
         "mlx_affine4_g64, mlx_affine8_g32, mlx_affine8_g64; int4_g32 (compressed-tensors' default), int4_g128; "
+        "mobile_w8 (LiteRT-LM's default), mobile, mobile_mlp2, mobile_w4; "
         "f16, bf16, f32; with --mmproj f16 (default), bf16, f32, q8_0",
     )
     parser.add_argument(
         "--to",
         metavar="CONTAINER",
-        help="gguf (a file), mlx or compressed-tensors (folders); without it the one that has the recipe's type, "
-        "gguf before the others",
+        help="gguf or litert-lm (files), mlx or compressed-tensors (folders); without it the one that has the recipe's "
+        "type, gguf before the others",
     )
     parser.add_argument(
         "--mmproj",
@@ -37,8 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o",
         "--out",
         metavar="OUT",
-        help="what to write: a GGUF, and OUT.certificate.json beside it, or a folder, certificate.json in it",
+        help="what to write: a GGUF or .litertlm, and OUT.certificate.json beside it; or a folder",
     )
+    parser.add_argument(
+        "-c", "--context", type=positive, metavar="N",
+        help="tokens that the caches of a .litertlm hold (default: 4096, or the model's own if that is less)",
+    )  # fmt: skip
     parser.add_argument(
         "--naive",
         action="store_true",
@@ -90,6 +95,7 @@ def _check(args: argparse.Namespace) -> None:
         others = {
             "CHECKPOINT": args.checkpoint, "--out": args.out, "--to": args.to, "--recipe": args.recipe,
             "--imatrix": args.imatrix, "--calibration": args.calibration, "--bits": args.bits, "--size": args.size,
+            "--context": args.context,
         }  # fmt: skip
         given = [name for name, value in others.items() if value is not None]
         given += ["--naive"] * args.naive + ["--mmproj"] * args.mmproj
@@ -121,6 +127,7 @@ def _pack(args: argparse.Namespace) -> int:
             size=args.size,
             threads=args.threads,
             mmproj=args.mmproj,
+            context=args.context,
         )
     assert packed.certificate is not None
     bits = inspect(packed.path)["bits_per_weight"]

@@ -60,13 +60,15 @@ def pack(
     bits: float | None = None,
     size: int | None = None,
     mmproj: bool = False,
+    context: int | None = None,
 ) -> PackResult:
     """Writes ``checkpoint`` as an artifact whose tensors lie on the grids that ``recipe`` assigns.
 
     checkpoint: an open Checkpoint, or anything that open_checkpoint takes.
     recipe: a Recipe or its name ('q4_0', ...); None is the container's usual one ('q4_0' of GGUF). 'source' leaves the
     weights unquantized: F32, or the source's own F16 or BF16 where every weight has it.
-    to: 'gguf' (a file), 'mlx' or 'compressed-tensors' (folders); None is the one that has the recipe's format.
+    to: 'gguf' or 'litert-lm' (files), 'mlx' or 'compressed-tensors' (folders); None is the one that has the
+    recipe's format.
     naive: every tensor is rounded from its values by the library's own rule, as llama-quantize or mlx-lm does it, also
     where the checkpoint holds codes and scales of its own.
     certificate: reads the artifact again before it takes its name, and writes OUT.certificate.json beside a file, or
@@ -82,6 +84,8 @@ def pack(
     mmproj: the checkpoint's vision or audio towers and projector instead of its text model, as the GGUF that llama.cpp
     loads beside it; recipe is 'f16' (usual), 'bf16', 'f32', 'q8_0' or 'source' then. An open checkpoint must be a
     ProjectorCheckpoint, for which nothing else is packed.
+    context: of LiteRT-LM, whose files say so, the tokens that a cache holds; by default 4096 or what the model was
+    trained for, if that is less.
     threads: how many work at it; by default as many as there are cores for this process. The bytes do not depend on it.
 
     Some rows of a tensor are in memory at a time, and the artifact takes its name only when it is whole. Interrupted or
@@ -94,7 +98,7 @@ def pack(
         with open_projector(checkpoint) if mmproj else open_checkpoint(checkpoint) as opened:
             return pack(
                 opened, recipe, out, to=to, naive=naive, imatrix=imatrix, certificate=certificate, threads=threads,
-                calibration=calibration, bits=bits, size=size, mmproj=mmproj,
+                calibration=calibration, bits=bits, size=size, mmproj=mmproj, context=context,
             )  # fmt: skip
     if mmproj or isinstance(checkpoint, ProjectorCheckpoint):
         _check_projector(checkpoint, to, {"imatrix": imatrix, "calibration": calibration, "bits": bits, "size": size})
@@ -117,7 +121,7 @@ def pack(
 
     written = container.write(
         checkpoint, types, out, file_type=name, naive=naive, threads=threads, guide=guide,
-        check=prove if certificate else None,
+        check=prove if certificate else None, **containers.sizes(container, context),
     )  # fmt: skip
     if not certificate and not out.is_dir():  # an earlier file's would be of another file now
         certificates.path_beside(out).unlink(missing_ok=True)

@@ -18,12 +18,13 @@ from lowbit import files
 from lowbit.checkpoint import Checkpoint, open_checkpoint
 from lowbit.checkpoint.families.base import TensorSpec
 from lowbit.checkpoint.gguf_file import GgufFile
+from lowbit.checkpoint.litertlm_file import is_litertlm
 from lowbit.checkpoint.model import read_json
 from lowbit.checkpoint.projector import open_projector
 from lowbit.checkpoint.projectors import Projector
 from lowbit.errors import BadFile, LowbitError, NotFound, Unsupported
 from lowbit.pack import model_folder
-from lowbit.pack.proof import FolderTensor, GgufTensor, Tensor, TensorProof, prove_computed, prove_tensors
+from lowbit.pack.proof import FolderTensor, GgufTensor, LiteRtTensor, Tensor, TensorProof, prove_computed, prove_tensors
 from lowbit.threads import in_order, keep_freed_memory, thread_count
 
 FORMAT = "lowbit-certificate/1"
@@ -62,7 +63,7 @@ class Certificate:
 
 
 def path_beside(artifact: str | Path) -> Path:
-    """Where the certificate of ``artifact`` lies: in a folder, or beside a GGUF as OUT.gguf.certificate.json."""
+    """Where the certificate of ``artifact`` lies: in a folder, or beside a file as OUT.gguf.certificate.json."""
     path = Path(artifact)
     if path.is_dir():
         return path / model_folder.CERTIFICATE
@@ -70,8 +71,8 @@ def path_beside(artifact: str | Path) -> Path:
 
 
 def verify(artifact: str | Path, source: Checkpoint | str | Path, *, threads: int | None = None) -> Certificate:
-    """Proves a GGUF or a folder (MLX, compressed-tensors), made by whatever program, against the checkpoint that it was
-    made from. Writes nothing.
+    """Proves a GGUF, a .litertlm or a folder (MLX, compressed-tensors), made by whatever program, against the
+    checkpoint that it was made from. Writes nothing.
 
     threads: how many work at it; by default as many as there are cores for this process.
 
@@ -84,7 +85,7 @@ def verify(artifact: str | Path, source: Checkpoint | str | Path, *, threads: in
             return verify(artifact, opened, threads=threads)
     path = Path(artifact)
     if not path.exists():
-        raise NotFound("no such file", where=path, expected="a GGUF, or a folder")
+        raise NotFound("no such file", where=path, expected="a GGUF, a .litertlm or a folder")
     _open(path, source).close()  # a damaged file is to be called that, and not another than its certificate's
     stated = stated_of(path)
     proved = prove(path, source, threads=threads)
@@ -131,7 +132,8 @@ def prove(artifact: Path, source: Checkpoint, *, final: Path | None = None, thre
 
 def _tensors(opened: GgufFile | Checkpoint, source: Checkpoint, label: str) -> list[Tensor]:
     if isinstance(opened, Checkpoint):
-        return [FolderTensor(opened, source, spec, label) for spec in source.specs.values()]
+        kind = LiteRtTensor if opened.kind == "litert-lm" else FolderTensor
+        return [kind(opened, source, spec, label) for spec in source.specs.values()]
     return [GgufTensor(opened, source, spec, label) for spec in source.specs.values()]
 
 
@@ -210,11 +212,15 @@ def _check_stated(stated: dict[str, Any], proved: Certificate, where: Path) -> N
 
 def _open(artifact: Path, source: Checkpoint) -> GgufFile | Checkpoint:
     """The artifact, which has every tensor of the source in its shape. Raises NotFound, Unsupported, BadFile."""
-    return _open_folder(artifact, source) if artifact.is_dir() else _open_gguf(artifact, source)
+    with contextlib.suppress(OSError):
+        if artifact.is_dir() or is_litertlm(artifact):
+            return _open_model(artifact, source)
+    return _open_gguf(artifact, source)
 
 
-def _open_folder(artifact: Path, source: Checkpoint) -> Checkpoint:
-    if not (artifact / "config.json").is_file():
+def _open_model(artifact: Path, source: Checkpoint) -> Checkpoint:
+    """A folder or a .litertlm."""
+    if artifact.is_dir() and not (artifact / "config.json").is_file():
         raise BadFile("not a model folder", where=artifact, expected="config.json")
     folder = open_checkpoint(artifact)
     try:

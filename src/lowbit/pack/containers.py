@@ -1,17 +1,19 @@
 """The containers that a checkpoint can be packed into, one file each: a new ``NAME_container.py`` here is a new one.
 
 A container file defines ``RECIPE`` (the name of the recipe that it packs by if none is asked for), ``holds(grid_name)``
-and ``write(checkpoint, types, out, *, file_type, naive, threads, guide, check)``; see gguf_container.
+and ``write(checkpoint, types, out, *, file_type, naive, threads, guide, check)``; see gguf_container. Where a file says
+how long the caches are, ``write`` takes ``context`` too.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from lowbit.checkpoint import Checkpoint
 from lowbit.errors import BadFile, BadOption
@@ -69,6 +71,16 @@ def choose(to: str | None, grid: str | None) -> Container:
             return found[name]
     hint = f"Without --recipe it packs {found[to].RECIPE}" if to is not None else None
     raise BadOption("this container does not have the recipe's format", where=to, found=grid, hint=hint)
+
+
+def sizes(container: Container, context: int | None) -> dict[str, Any]:
+    """What ``write`` is given beyond the usual. Raises BadOption for a context where the file holds no caches."""
+    if context is None:
+        return {}
+    if "context" not in inspect.signature(container.write).parameters:
+        hint = "The runtime is told when it loads the file"
+        raise BadOption("only LiteRT-LM's files have a context of their own", found=context, hint=hint)
+    return {"context": context}
 
 
 @functools.cache

@@ -214,6 +214,29 @@ class FolderTensor(Tensor):
         return self.grid.quantize(values)
 
 
+class LiteRtTensor(FolderTensor):
+    """A tensor of a .litertlm: in Hugging Face's layout, and norms with what their family adds to them."""
+
+    def __init__(self, file: Checkpoint, source: Checkpoint, spec: TensorSpec, label: str) -> None:
+        super().__init__(file, source, spec, label)
+        self._offset = np.float32(source.family.decoder(source.config).norm_offset if spec.role == "norm" else 0)
+
+    def values(self, start: int, stop: int) -> np.ndarray:
+        values = super().values(start, stop)
+        return values + self._offset if self._offset else values
+
+    def precision(self) -> str:
+        return "F32" if self._offset else super().precision()
+
+    def blocks(self, start: int, stop: int) -> Blocks:
+        stored = self.folder.stored_rows(self.spec.name, start, stop)
+        if stored is None:
+            return super().blocks(start, stop)
+        assert self.grid is not None
+        grids.check_finite(stored, self.where)
+        return self.grid.quantize(stored)
+
+
 def _compare(values: np.ndarray, blocks: Blocks, grid: Grid, dtype: str, where: str) -> tuple[np.ndarray, float]:
     """Statuses (rows, n_blocks) of what is stored, and the largest error outside of exact blocks."""
     if blocks.scales is not None:

@@ -9,7 +9,6 @@ leaves them out.
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -17,16 +16,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from lowbit.checkpoint.litert_library import llm_metadata
+from lowbit.checkpoint.litertlm_file import MAGIC, METADATA, check_magic, read_header
 from lowbit.errors import BadFile, BadOption, BadText, NotFound, RuntimeFailed, Unsupported
 from lowbit.run import _looks, _tokens
 from lowbit.run.base import Runtime, Suits, check_sizes, first_line
 from lowbit.threads import available_cores
-from lowbit.units import MIB
 
-_MAGIC = b"LITERTLM"
-_HEADER_BEGIN, _LARGEST_HEADER = 32, 64 * MIB  # the header's end is a uint64 at 24
-_MODEL, _METADATA = 3, 5  # AnySectionDataType of the format's schema: TFLiteModel, LlmMetadataProto
-_KINDS = ("", "tf_lite_prefill_decode")
 _ROWS = 64  # of logits at a time
 _PACKAGES = ("litert-lm-api", "litert-lm-builder", "ai-edge-litert")
 
@@ -49,7 +45,7 @@ class LiteRtLm(Runtime):
 
     @classmethod
     def suits(cls, target: str | os.PathLike[str]) -> Suits:
-        return Suits.BY_DEFAULT if _looks.is_file_of(target, ".litertlm", _MAGIC) else Suits.NO
+        return Suits.BY_DEFAULT if _looks.is_file_of(target, ".litertlm", MAGIC) else Suits.NO
 
     @classmethod
     def installed(cls) -> str | None:
@@ -68,17 +64,15 @@ class LiteRtLm(Runtime):
         self.path = Path(path)
         self.threads = available_cores() if threads is None else threads
         check_sizes(context=context, ubatch=ubatch, threads=self.threads)
-        _check_file(self.path)
-        self._lm, self._schema, interpreter = _library()
-        sections = self._sections()
-        models = [(begin, end) for kind, model, begin, end in sections if kind == _MODEL and model in _KINDS]
-        others = sorted(model or "unnamed" for kind, model, *_ in sections if kind == _MODEL and model not in _KINDS)
-        if len(models) != 1 or others:
-            found = ", ".join(others) or f"{len(models)} text models"
-            raise Unsupported("not a file of one text model alone", where=self.path, found=found)
-        self._llm_metadata = next((self._read(b, e) for kind, _, b, e in sections if kind == _METADATA), b"")
+        check_magic(self.path)
+        self._lm, interpreter = _library()
+        header = read_header(self.path)
+        model = header.model(self.path)
+        self._llm_metadata = next((self._read(s.begin, s.end) for s in header.sections if s.kind == METADATA), b"")
         try:
-            self._interpreter: Any = interpreter(model_content=self._read(*models[0]), num_threads=self.threads)
+            self._interpreter: Any = interpreter(
+                model_content=self._read(model.begin, model.end), num_threads=self.threads
+            )
             self._decode: Any = self._interpreter.get_signature_runner("decode")
         except (ValueError, RuntimeError, KeyError) as error:
             raise BadFile("LiteRT cannot load the model", where=self.path, found=first_line(error)) from error
@@ -153,9 +147,7 @@ class LiteRtLm(Runtime):
 
     @property
     def chat_template(self) -> str | None:
-        from litert_lm_builder.runtime.proto import llm_metadata_pb2
-
-        found = llm_metadata_pb2.LlmMetadata()
+        found = llm_metadata()
         try:
             found.ParseFromString(self._llm_metadata)
         except Exception as error:  # protobuf's own, by implementation
@@ -223,26 +215,6 @@ class LiteRtLm(Runtime):
 
     # The file
 
-    def _sections(self) -> list[tuple[int, str, int, int]]:
-        """(type, "model_type" of a model or "", first byte, end) of every section."""
-        size = self.path.stat().st_size
-        with open(self.path, "rb") as handle:
-            head = handle.read(_HEADER_BEGIN)
-            end = struct.unpack_from("<Q", head, 24)[0] if len(head) == _HEADER_BEGIN else 0
-            if not _HEADER_BEGIN < end <= min(size, _LARGEST_HEADER):
-                raise BadFile("the header is damaged", where=self.path, found=f"its end at byte {end} of {size}")
-            header = handle.read(end - _HEADER_BEGIN)
-        try:
-            listed = self._schema.LiteRTLMMetaData.GetRootAs(header, 0).SectionMetadata()
-            objects = [listed.Objects(i) for i in range(min(listed.ObjectsLength(), 1000))]
-            found = [(int(o.DataType()), _model_type(o), int(o.BeginOffset()), int(o.EndOffset())) for o in objects]
-        except Exception as error:  # flatbuffers reads wherever a damaged offset points: struct.error, TypeError, ...
-            raise BadFile("the header is damaged", where=self.path, found=first_line(error)) from error
-        for _, _, begin, stop in found:
-            if not end <= begin <= stop <= size:
-                raise BadFile("a section lies outside the file", where=self.path, found=f"bytes {begin} to {stop}")
-        return found
-
     def _read(self, begin: int, end: int) -> bytes:
         with open(self.path, "rb") as handle:
             handle.seek(begin)
@@ -253,35 +225,15 @@ class LiteRtLm(Runtime):
             self._closed()
 
 
-def _model_type(section: Any) -> str:
-    from litert_lm_builder import litertlm_peek
-
-    items = [litertlm_peek.kvp_to_dict(section.Items(i)) for i in range(min(section.ItemsLength(), 1000))]
-    return next((str(item["value"]).lower() for item in items if item.get("key") == "model_type"), "")
-
-
-def _check_file(path: Path) -> None:
-    try:
-        with open(path, "rb") as handle:
-            magic = handle.read(len(_MAGIC))
-    except FileNotFoundError:
-        raise NotFound("no such file", where=path, expected="a .litertlm") from None
-    except OSError as error:
-        raise BadFile("cannot be read", where=path, found=error.strerror) from None
-    if magic != _MAGIC:
-        raise BadFile("not a .litertlm", where=path, found=f"the first bytes {magic!r}", expected=repr(_MAGIC))
-
-
-def _library() -> tuple[Any, Any, Any]:
-    """(litert_lm, the schema of the file's header, the interpreter's class)"""
+def _library() -> tuple[Any, Any]:
+    """(litert_lm, the interpreter's class)"""
     try:
         import litert_lm
         from ai_edge_litert.interpreter import Interpreter
-        from litert_lm_builder import litertlm_header_schema_py_generated as schema
     except ImportError as error:
         hint = "Run: pip install 'lowbit[litert]'"
         raise NotFound("LiteRT-LM is not installed", found=error, hint=hint) from error
-    return litert_lm, schema, Interpreter
+    return litert_lm, Interpreter
 
 
 RUNTIME = LiteRtLm
