@@ -125,6 +125,12 @@ def save_tiny(folder: Path, config: Any, *, tokenizer: bool = True, adjust: Call
 
 
 @pytest.fixture(scope="session")
+def save_model() -> Callable[..., Any]:
+    """``save_tiny``, for test files that cannot import this one by its name."""
+    return save_tiny
+
+
+@pytest.fixture(scope="session")
 def save_tiny_llama() -> Callable[..., Any]:
     """save_tiny_llama(folder, tokenizer=True, **changes) saves one anywhere and gives the model."""
 

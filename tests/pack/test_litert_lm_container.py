@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import save_tiny
 from lowbit import grid as grids
 from lowbit import recipe, run
 from lowbit.checkpoint import Tensor, open_checkpoint, write_checkpoint
@@ -33,6 +32,7 @@ TOKENS = np.random.default_rng(4).integers(3, 263, 60).tolist()  # beyond Gemma'
 pytestmark = pytest.mark.skipif(
     LiteRtLm.installed() is None, reason="LiteRT-LM is not installed: pip install 'lowbit[litert]'"
 )
+Save = Callable[..., Any]
 Trained = tuple[Path, dict[str, grids.Blocks]]
 
 
@@ -45,9 +45,9 @@ def config_of(family: str, **changes: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def gemma(tmp_path_factory: pytest.TempPathFactory, save_model: Save) -> Path:
     folder = tmp_path_factory.mktemp("litert") / "gemma"
-    save_tiny(folder, config_of("gemma3"))
+    save_model(folder, config_of("gemma3"))
     return folder
 
 
@@ -112,8 +112,10 @@ def reference(model: Any, *, runtime_activations: bool = False) -> np.ndarray:
                                     "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}),
     ],
 )  # fmt: skip
-def test_the_graph_in_float32_is_transformers_model(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
-    model = save_tiny(tmp_path / "model", config_of(family, **changes))
+def test_the_graph_in_float32_is_transformers_model(
+    family: str, changes: dict[str, Any], tmp_path: Path, save_model: Save
+) -> None:
+    model = save_model(tmp_path / "model", config_of(family, **changes))
     out = tmp_path / "model.litertlm"
     pack(tmp_path / "model", "f32", out, to="litert-lm", context=CONTEXT, threads=1)
     np.testing.assert_allclose(logits_of(out), reference(model), atol=2e-5)
@@ -266,7 +268,9 @@ def test_damaged_files_are_one_line(packed: Path, tmp_path: Path) -> None:
             open_checkpoint(path)
 
 
-def test_what_does_not_go_together(gemma: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_does_not_go_together(
+    gemma: Path, tmp_path: Path, save_model: Save, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "x.litertlm"
     for context in (15, 513):
         with pytest.raises(BadOption, match="16 to 512 tokens"):
@@ -282,7 +286,7 @@ def test_what_does_not_go_together(gemma: Path, tmp_path: Path, capsys: pytest.C
     with pytest.raises(Unsupported, match=r"does not say what model it is; found no lowbit\.config"):
         open_checkpoint(tiny)
     other = tmp_path / "llama"
-    save_tiny(other, config_of("llama"))
+    save_model(other, config_of("llama"))
     pack(other, "mobile_w8", tmp_path / "llama.litertlm", to="litert-lm", context=32, threads=1)
     with pytest.raises(BadFile, match="not the source's model; found llama; expected gemma3"):
         verify(tmp_path / "llama.litertlm", gemma)
