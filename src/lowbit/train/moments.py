@@ -144,7 +144,10 @@ class Pass:
             logits = (hidden[part] @ head.T).float()
             capped = logits if cap is None else cap * torch.tanh(logits / cap)
             p = torch.softmax(capped, -1)
-            drawn = torch.multinomial(p, 1, generator=self.generator)
+            # By the inverse of their sum: torch.multinomial takes twenty times as long.
+            summed = p.cumsum(-1)
+            at = torch.rand(len(p), 1, generator=self.generator, device=p.device) * summed[:, -1:]
+            drawn = torch.searchsorted(summed, at, right=True).clamp_(max=p.shape[-1] - 1)
             self.sums[f"{name}.outputs"] += (p * (1 - p)).sum(0).cpu()
             p.scatter_add_(1, drawn, torch.full_like(p[:, :1], -1.0))
             if cap is not None:

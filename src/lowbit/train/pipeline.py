@@ -32,9 +32,9 @@ from lowbit.train.start import rounded
 from lowbit.train.storage import save_tensors
 
 _SAMPLING_SHARE = 0.08  # of the budget, where nothing else is asked for
-_COLLECTING_SHARE = 0.2  # of the time left when it begins
+_COLLECTING_SHARE = 0.35  # of the time left when it begins
 _CALIBRATION_SEQUENCES = 96
-_ROUNDING_SHARE = 0.2  # likewise
+_ROUNDING_SHARE = 0.3  # likewise
 _ROUNDING_SLACK = 0.1  # of its time that rounding may be behind before it leaves the sweeps out
 # A training step in forward passes of the body: measured on SmolLM2, 4.1 with the head's three products.
 _BODY_STEP = 3.3
@@ -69,9 +69,9 @@ def train(
     work = Path(work) if work is not None else out.with_name(out.name + ".work")
     with open_checkpoint(model) as checkpoint:
         check_trainable(checkpoint, options.recipe)
-        _check_free(out, work, checkpoint.path)
+        check_free(out, work, checkpoint.path)
         ledger = Ledger.open(work / "ledger.json", run_key(checkpoint, options))
-        run = _Run(checkpoint, options, ledger, work, out)
+        run = Run(checkpoint, options, ledger, work, out)
         if not ledger.done("export"):
             run.load(start)
             run.gather()
@@ -87,7 +87,7 @@ def check_trainable(checkpoint: Checkpoint, recipe: str) -> None:
         raise BadOption("this recipe has no low-bit weights to train", found=recipe, hint=hint)
 
 
-def _check_free(out: Path, work: Path, source: Path) -> None:
+def check_free(out: Path, work: Path, source: Path) -> None:
     """Refuses a place where something else than this run's checkpoint would be replaced."""
     hint = "Choose another --out"
     if out.exists() and not out.is_dir():
@@ -111,13 +111,17 @@ def _model_files(path: Path) -> list[Path]:
     return sorted([*path.glob("*.safetensors"), *path.glob("*.json")]) if path.is_dir() else [path]
 
 
-class _Run:
+class Run:
     """One training run. Its methods are the stages, in order; each leaves what the next needs on disk."""
+
+    sampling_share = _SAMPLING_SHARE
+    body_ratio = 1.0  # weights of the layers that are trained, over the reference's
 
     def __init__(self, checkpoint: Checkpoint, options: TrainOptions, ledger: Ledger, work: Path, out: Path) -> None:
         self.checkpoint, self.options, self.ledger, self.work, self.out = checkpoint, options, ledger, work, out
         self.budget = options.minutes * 60
         self.length = options.sequence_length
+        self.saved_like = checkpoint
 
     def left(self, start: float) -> float:
         """Seconds of the budget left, ``start`` being when the stage now running began."""
@@ -192,7 +196,7 @@ class _Run:
     def _sample(self, start: float) -> np.ndarray:
         """Batches that the model writes, until their share of the budget is spent; each on disk when it is whole."""
         earlier = self.ledger.earlier.get("data", 0.0)
-        seconds = _SAMPLING_SHARE * (self.left(start) + earlier)
+        seconds = self.sampling_share * (self.left(start) + earlier)
         begin = time.monotonic() - earlier
         rounds = [np.load(path) for path in self._sampled_files()]
         writer = self._writer()
@@ -224,7 +228,8 @@ class _Run:
         head = self._head_share()
         is_top_k = self.options.top_k is not None
         # The head's products: the student's, its gradient, and the reference's, which top-k targets are asked for once.
-        asking, step = (1 + head, _BODY_STEP + 2 * head) if is_top_k else (1.0, _BODY_STEP + 3 * head)
+        body = _BODY_STEP * self.body_ratio
+        asking, step = (1 + head, body + 2 * head) if is_top_k else (1.0, body + 3 * head)
         tokens = seconds * self.ledger.facts["forward_tokens_per_second"] / (asking + step)
         return max(_FEWEST_SEQUENCES, int(tokens / self.length))
 
@@ -245,7 +250,7 @@ class _Run:
                 found = self._calibrated(start) if self.options.start == "calibrated" else {}
                 save_tensors(found, path)
         (self.work / "calibration.safetensors").unlink(missing_ok=True)
-        self._ask()
+        self.ask_reference()
         with self.ledger.stage("prepare"):
             self._prepare(path)
 
@@ -262,7 +267,7 @@ class _Run:
         if not (self.work / "start" / MANIFEST).exists():
             save(self.model, self.work / "start", like=self.checkpoint)
 
-    def _ask(self) -> None:
+    def ask_reference(self) -> None:
         """What the reference says of the sequences that there is still time for, rounding having taken its own."""
         if not self.ledger.done("reference"):
             begin = time.monotonic()
@@ -313,11 +318,15 @@ class _Run:
                 self.ledger.tick()
         return found
 
+    def chosen(self) -> list[torch.nn.Parameter]:
+        """Marks what is trained, and gives it."""
+        names = recipes.get(self.options.recipe).trained(self.checkpoint)
+        return choose_parameters(self.model, self.options.train, names)
+
     def distil(self) -> None:
         """End-to-end distillation for what is left of the budget, and the checkpoint."""
         start = time.monotonic()
-        names = recipes.get(self.options.recipe).trained(self.checkpoint)
-        trained = choose_parameters(self.model, self.options.train, names)
+        trained = self.chosen()
         seconds = self.budget - self.ledger.spent()
         curve: list[dict[str, Any]] = []
         # What was trained before a kill counts, also where loading it again has used up the budget.
@@ -343,12 +352,16 @@ class _Run:
             if not bool(torch.isfinite(parameter).all()):
                 hint = "Start again in another --out with a smaller --learning-rate"
                 raise BadOption("the training has diverged", where=self.out, found="NaN or Inf", hint=hint)
-        save(self.model, self.out, like=self.checkpoint)
+        save(self.model, self.out, like=self.saved_like)
         self.ledger.stages["distil"] = distilled
         trained_on = len(self.sequences) - _held_out(len(self.sequences))
-        self.ledger.facts["record"] = describe(self.options, self.ledger, curve, distilled, trained_on)
+        self.ledger.facts["record"] = self.described(curve, distilled, trained_on)
         self.ledger.stages["export"] = 0.0
         self.ledger.save()
+
+    def described(self, curve: list[dict[str, Any]], distilled: float, sequences: int) -> dict[str, Any]:
+        """The record; sequences: how many there were to train on."""
+        return describe(self.options, self.ledger, curve, distilled, sequences)
 
 
 def _held_out(n: int) -> int:
