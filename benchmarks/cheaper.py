@@ -3,11 +3,11 @@
     python benchmarks/cheaper.py MODEL --minutes N --out DIR --text FILE... [--autoround PYTHON] [--torchao PYTHON]
 
 Trains MODEL with one thread and counts time as CPU time, so that neighbours do not decide: ``--minutes N`` is N minutes
-of one core, loading included. Made are naive Q4_0; the start of training (calibrated rounding alone); the whole of it, the
-default; and distillation alone, from plain rounding. With a Python that has the package, and the same sequences:
+of one core, loading included. Made are naive Q4_0; the start of training (calibrated rounding alone); the whole of it,
+the default; and distillation alone, from plain rounding. With a Python that has the package, and the same sequences:
 AutoRound's gguf:q4_0 export (``--iters`` iterations a block; choose them so that it takes no less time) and torchao's
-int4 quantization-aware training for as long as lowbit took, its weights converted by llama-quantize's rule. Each file is
-measured in llama.cpp against the unquantized one on every text. What is in DIR already is not made again.
+int4 quantization-aware training for as long as lowbit took, its weights converted by llama-quantize's rule. Each file
+is measured in llama.cpp against the unquantized one on every text. What is in DIR already is not made again.
 
     python -m venv AR && AR/bin/pip install auto-round==0.16.1 torch==2.13.0
     python -m venv AO && AO/bin/pip install torchao==0.18.0 torch==2.13.0 transformers==5.23.0

@@ -2,12 +2,12 @@
 
     python benchmarks/drafter.py MODEL QUANTIZED.gguf --out DIR --text FILE... [--layers 4] [--minutes M] [--adapt A]
 
-MODEL is the unquantized target, QUANTIZED.gguf what ships of it. Made in DIR, where they are not there yet: ``first``, a
-drafter of N of the target's layers trained for M minutes on MODEL; ``more``, trained A minutes more on MODEL; ``adapted``,
-trained A minutes more on QUANTIZED.gguf instead. Each is packed to Q8_0, checked to belong to the target by ``lowbit
-check``'s rules, and guesses for both targets in llama.cpp's server, greedy, after the same prompts out of held-out text.
-Printed for each pair: the share of guessed tokens accepted, and tokens a second over those without a drafter; all
-servers of a target answer each prompt in turn, in an order that goes round. 95% intervals by bootstrap over prompts.
+MODEL is the unquantized target, QUANTIZED.gguf what ships of it. Made in DIR, where they are not there yet: ``first``,
+a drafter of N of the target's layers trained for M minutes on MODEL; ``more``, trained A minutes more on MODEL;
+``adapted``, trained A minutes more on QUANTIZED.gguf instead. Each is packed to Q8_0, has the target's vocabulary, and
+guesses for both targets in llama.cpp's server, greedy, after the same prompts out of held-out text. Printed for each
+pair: the share of guessed tokens accepted, and tokens a second over those without a drafter; all servers of a target
+answer each prompt in turn, in an order that goes round. 95% intervals by bootstrap over prompts.
 """
 
 from __future__ import annotations
