@@ -20,11 +20,11 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import lowbit
+from _cpu_clock import cpu_clock
 from fidelity import interval
 from lowbit import console, files
 from lowbit.checkpoint import open_checkpoint
@@ -66,9 +66,11 @@ def main() -> int:
 
 
 def train_by_cpu_time(model: str, folder: str, start: str, minutes: float) -> None:
-    """In a process of its own: one thread, and a clock that stands still while others work."""
-    time.monotonic = time.process_time
-    lowbit.train(model, folder, options=lowbit.TrainOptions(minutes=minutes, start=start, threads=1))
+    """In a process of its own, with one thread."""
+    from lowbit.train import TrainOptions
+
+    with cpu_clock():
+        lowbit.train(model, folder, options=TrainOptions(minutes=minutes, start=start, threads=1))
 
 
 def make(args: argparse.Namespace) -> dict[str, tuple[Path, float, str]]:

@@ -4,10 +4,11 @@
 
 MODEL is the unquantized target, QUANTIZED.gguf what ships of it. Made in DIR, where they are not there yet: ``first``,
 a drafter of N of the target's layers trained for M minutes on MODEL; ``more``, trained A minutes more on MODEL;
-``adapted``, trained A minutes more on QUANTIZED.gguf instead. Each is packed to Q8_0, has the target's vocabulary, and
-guesses for both targets in llama.cpp's server, greedy, after the same prompts out of held-out text. Printed for each
-pair: the share of guessed tokens accepted, and tokens a second over those without a drafter; all servers of a target
-answer each prompt in turn, in an order that goes round. 95% intervals by bootstrap over prompts.
+``adapted``, trained A minutes more on QUANTIZED.gguf instead; minutes are CPU time of one core. Each is packed to Q8_0,
+has the target's vocabulary, and guesses for both targets in llama.cpp's server, greedy, after the same prompts out of
+held-out text. Printed for each pair: the share of guessed tokens accepted, and tokens a second over those without a
+drafter; all servers of a target answer each prompt in turn, in an order that goes round. 95% intervals by bootstrap
+over prompts.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 import lowbit
+from _cpu_clock import cpu_clock
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import LowbitError
 from lowbit.run.llama_server import LlamaServer
@@ -73,8 +75,9 @@ def make(args: argparse.Namespace) -> dict[str, Path]:
     for name, (target, drafter, minutes) in plans.items():
         made[name] = out / f"{name}.gguf"
         if not made[name].exists():
-            options = TrainOptions(minutes=minutes, threads=args.threads, seed=len(made))
-            train_drafter(target, drafter, out / name, options=options)
+            options = TrainOptions(minutes=minutes, threads=1, seed=len(made))
+            with cpu_clock():
+                train_drafter(target, drafter, out / name, options=options)
             lowbit.pack(out / name, "q8_0", made[name])
         with open_checkpoint(args.quantized) as of, open_checkpoint(made[name]) as opened:
             check_vocabulary(of, opened)
@@ -124,9 +127,9 @@ def measure(target: Path, drafters: dict[str, Path], prompts: list[str], n: int,
         for i, prompt in enumerate(prompts):
             names = list(servers)
             for name in names[i % len(names) :] + names[: i % len(names)]:
-                begin = time.monotonic()
+                begin = time.perf_counter()
                 timings = servers[name].complete_native(prompt, n, ignore_eos=True, cache_prompt=False)["timings"]
-                seconds = time.monotonic() - begin
+                seconds = time.perf_counter() - begin
                 found[name][i] = timings.get("draft_n", 0), timings.get("draft_n_accepted", 0), seconds
     return found
 
