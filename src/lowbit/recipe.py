@@ -14,10 +14,12 @@ from lowbit import grid as grids
 from lowbit.errors import BadOption, Unsupported
 
 _NAMES = (
-    "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "mxfp4", "q4_k", "q5_k", "q6_k", "q4_k_m", "f16", "bf16", "f32",
+    "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "mxfp4", "q2_k", "q4_k", "q5_k", "q6_k", "q4_k_m", "f16", "bf16",
+    "f32",
     "mlx_affine4_g32", "mlx_affine4_g64", "mlx_affine8_g32", "mlx_affine8_g64", "int4_g32", "int4_g128",
     "mobile", "mobile_mlp2", "mobile_w4", "mobile_w8",
 )  # fmt: skip
+_ALIASES = {"mlx_affine4": "mlx_affine4_g64", "mlx_affine8": "mlx_affine8_g64"}  # mlx-lm's own groups
 # Bits of the mobile schema, one scale a row: of embedding and head, of attention, of the feed-forward matrices in the
 # first three sevenths of the layers (15 of Gemma 4 E2B's 35) and in the others. "mobile" is Gemma 4 E2B's own.
 _MOBILE = {"mobile": (2, 4, 4, 2), "mobile_mlp2": (4, 4, 2, 2), "mobile_w4": (4, 4, 4, 4), "mobile_w8": (8, 8, 8, 8)}
@@ -115,9 +117,16 @@ class Recipe:
 
 def get(name: str) -> Recipe:
     """The recipe of that name ('q4_0'). Raises BadOption, which lists the names, for another."""
+    name = _ALIASES.get(name, name)
     if name not in _NAMES:
         raise BadOption("no such recipe", found=repr(name), expected="one of " + ", ".join(_NAMES))
     return Recipe(name=name, weights=_MIXED.get(name, name))
+
+
+def several(text: str) -> tuple[Recipe, ...]:
+    """The recipes of names with commas between them ('q4_0,mlx_affine4'), each once. Raises BadOption."""
+    found = tuple(dict.fromkeys(get(name.strip()) for name in text.split(",")))
+    return found
 
 
 def names() -> tuple[str, ...]:

@@ -65,13 +65,18 @@ def ship(
     from lowbit.train.pipeline import check_trainable
 
     options = TrainOptions(**training)
+    if "," in options.recipe:
+        hint = "lowbit train makes one checkpoint for them, lowbit pack each file, lowbit measure compares"
+        raise BadOption("ship makes one file", found=options.recipe, hint=hint)
     held_out = Path(text) if text is not None else Path(str(resources.files("lowbit").joinpath("data", "held-out.txt")))
     check_text(held_out)
     if options.data is not None and Path(options.data).exists() and held_out.samefile(options.data):
         raise BadOption("--text is held out, and --data is trained on", where=text, hint="Give two different texts")
     with open_checkpoint(model) as checkpoint:
         check_trainable(checkpoint, options.recipe)
-        containers.choose("gguf", recipes.get(options.recipe).weights)  # what is measured runs in llama.cpp
+        if not containers.choose("gguf", None).holds(recipes.get(options.recipe).weights):
+            hint = f"lowbit train --recipe {options.recipe}, then lowbit pack and lowbit measure"
+            raise BadOption("ship measures in llama.cpp, and GGUF lacks this format", found=options.recipe, hint=hint)
         run = _Run(checkpoint, Path(out), options, str(model))
         with run.claimed():
             run.pack_baselines()

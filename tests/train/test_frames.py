@@ -22,8 +22,9 @@ TRAINABLE = [name for name in grids.names() if grids.get(name).is_trainable and 
 LEARNED = [name for name in TRAINABLE if name != "mxfp4"]
 # The recipe by which a container holds the grid; the mobile schema's own bits lie in the checkpoint alone.
 PACKED = {
-    "q4_0": "gguf", "q4_1": "gguf", "q5_0": "gguf", "q5_1": "gguf", "iq4_nl": "gguf", "mxfp4": "gguf", "q4_k": "gguf",
-    "q5_k": "gguf", "q6_k": "gguf", "q4_k_m": "gguf", "mlx_affine4_g32": "mlx", "mlx_affine4_g64": "mlx",
+    "q4_0": "gguf", "q4_1": "gguf", "q5_0": "gguf", "q5_1": "gguf", "iq4_nl": "gguf", "mxfp4": "gguf", "q2_k": "gguf",
+    "q4_k": "gguf", "q5_k": "gguf", "q6_k": "gguf", "q4_k_m": "gguf", "mlx_affine4_g32": "mlx",
+    "mlx_affine4_g64": "mlx",
     "int4_g32": "compressed-tensors", "int4_g128": "compressed-tensors", "mobile": "gguf", "mobile_mlp2": "gguf",
     "mobile_w4": "gguf",
 }  # fmt: skip
@@ -124,6 +125,12 @@ def test_frames_travel_through_a_file() -> None:
             one, other = getattr(frame, part), getattr(back, part)
             assert (one is None) == (other is None)
             assert one is None or torch.equal(one, other)
+
+
+def test_minimums_are_learned_where_codes_stay_and_not_where_they_move() -> None:
+    weight = torch.randn(4, 256)
+    for train, kinds in (("full", 0), ("both", 1), ("scales", 2)):
+        assert len(FakeQuantizer(grids.get("q4_k"), weight, train=train).learned) == kinds
 
 
 def test_powers_of_two_are_never_learned() -> None:

@@ -46,8 +46,8 @@ def started(source: Path, moments: Path, in_time: Callable[[float], bool]) -> tu
     with open_checkpoint(source) as checkpoint:
         model = load(checkpoint)
         on = assignment(model, "q4_0")
-        chosen: dict[str, Grid] = {name: on[name] for name in recipes.get("q4_0").trained(checkpoint)}
-        found = {name: (w, s) for name, w, s in start.rounded(model, chosen, moments, 2, in_time)}
+        chosen: dict[str, tuple[Grid, ...]] = {n: (on[n],) for n in recipes.get("q4_0").trained(checkpoint)}
+        found = {name: (w, s) for name, w, (s,) in start.rounded(model, chosen, moments, 2, in_time)}
         weight, frame = found.pop("model.embed_tokens.weight")  # whose rows are looked up
         assert torch.equal(weight, model.get_parameter("model.embed_tokens.weight"))
         assert len(frame.scales) == len(weight)
@@ -129,3 +129,15 @@ def test_the_codes_of_every_format_are_kept(name: str) -> None:
     start_weight, frame = start._blockwise(weight, second, grid, compensation.SWEEPS)
     values = grid.dequantize(grid.encode_on(start_weight, frame))
     assert torch.equal(values, torch.from_numpy(grid.dequantize(blocks)))
+
+
+def test_weights_that_serve_several_formats_stay_and_each_has_its_frame(source: Path, moments: Path) -> None:
+    with open_checkpoint(source) as checkpoint:
+        model = load(checkpoint)
+        on = [assignment(model, recipe) for recipe in ("q4_0", "mlx_affine4_g32", "int4_g32")]
+        names = recipes.get("q4_0").trained(checkpoint)
+        wanted = {name: tuple(of[name] for of in on) for name in names}
+        for name, weight, starts in start.rounded(model, wanted, moments, 1, lambda _: True):
+            assert torch.equal(weight, model.get_parameter(name))
+            assert [frame is not None for frame in starts] == [of[name].is_trainable for of in on]
+            assert starts[1].mins is not None and starts[0].mins is None

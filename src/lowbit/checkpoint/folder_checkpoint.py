@@ -64,11 +64,14 @@ class FolderCheckpoint(Checkpoint):
                 raise BadFile("a tensor that the config does not have", where=f"{path}: {stored}", hint=hint)
         self._grids: dict[str, str] = {}
         self._blocks: SafetensorsFile | None = None
+        self._also: dict[str, tuple[dict[str, str], SafetensorsFile]] = {}  # by recipe, of a training for several
+        self._chosen: str | None = None
         self._metadata: GgufFile | None = GgufFile(path / METADATA) if (path / METADATA).exists() else None
         manifest = read_json(path / MANIFEST, BadFile) if (path / MANIFEST).exists() else {}
         if manifest.get("format") == FORMAT:
             self.manifest = manifest
-            self._open_blocks(path)
+            self._grids, self._blocks = self._opened(path, self.manifest.get("tensors", {}), BLOCKS)
+            self._open_others(path)
 
     def _read_config(self, path: Path) -> dict[str, Any]:
         return read_json(path / "config.json", BadConfig)
@@ -76,27 +79,43 @@ class FolderCheckpoint(Checkpoint):
     def _family(self, config: dict[str, Any], where: Path) -> Family:
         return families.by_config(config, where)
 
-    def _open_blocks(self, path: Path) -> None:
+    def _open_others(self, path: Path) -> None:
+        also = self.manifest.get("also", {})
+        for recipe, entry in also.items() if isinstance(also, dict) else ():
+            file = entry.get("file") if isinstance(entry, dict) else None
+            if not isinstance(file, str) or Path(file).name != file or Path(file).suffix != ".safetensors":
+                raise BadFile("no file of blocks", where=path / MANIFEST, found=recipe, expected="a name in the folder")
+            grid_names, blocks = self._opened(path, entry.get("tensors", {}), file)
+            if blocks is not None:
+                self._also[recipe] = grid_names, blocks
+
+    def choose(self, recipe: str) -> None:
+        self._chosen = recipe if recipe in self._also else None
+
+    def _coded(self) -> tuple[dict[str, str], SafetensorsFile | None]:
+        """The grids and the blocks of the recipe that is chosen."""
+        return (self._grids, self._blocks) if self._chosen is None else self._also[self._chosen]
+
+    def _opened(self, path: Path, tensors: Any, file: str) -> tuple[dict[str, str], SafetensorsFile | None]:
         where = path / MANIFEST
-        tensors = self.manifest.get("tensors", {})
         if not isinstance(tensors, dict) or not all(isinstance(t, dict) for t in tensors.values()):
             raise BadFile("tensors is not a map of objects", where=where)
-        self._grids = {name: entry["grid"] for name, entry in tensors.items() if isinstance(entry.get("grid"), str)}
-        if not self._grids:
-            return
-        self._blocks = SafetensorsFile(path / BLOCKS)
-        for name, grid_name in self._grids.items():
-            spec, entry = self._spec(name), self._blocks.entries.get(name)
+        found = {name: entry["grid"] for name, entry in tensors.items() if isinstance(entry.get("grid"), str)}
+        if not found:
+            return {}, None
+        blocks = SafetensorsFile(path / file)
+        for name, grid_name in found.items():
+            spec, entry = self._spec(name), blocks.entries.get(name)
             grid = grids.get(grid_name)
             expected = (spec.n_rows, grid.row_bytes(spec.shape[-1]))
             if len(spec.shape) < 2 or entry is None or entry.dtype != "U8" or entry.shape != expected:
-                found = f"{entry.dtype} {entry.shape}" if entry else "nothing"
                 raise BadFile(
                     f"the {grid_name} blocks are not there",
-                    where=f"{path / BLOCKS}: {name}",
-                    found=found,
+                    where=f"{path / file}: {name}",
+                    found=f"{entry.dtype} {entry.shape}" if entry else "nothing",
                     expected=f"U8 {expected}",
                 )
+        return found, blocks
 
     @property
     def name(self) -> str:
@@ -130,18 +149,24 @@ class FolderCheckpoint(Checkpoint):
         stored = self._stored[name]
         if self._scheme and stored in self._packed:
             return info_of(spec, self._scheme.grid(self._files, stored), self._scheme.block_grid())
-        return info_of(spec, self._files[stored].entries[stored].dtype, self._grids.get(name))
+        return info_of(spec, self._files[stored].entries[stored].dtype, self._coded()[0].get(name))
 
     @property
     def files(self) -> tuple[TensorFile, ...]:
         shards = {file.path.name: file for file in self._files.values()}
-        return (*(shards[name] for name in sorted(shards)), *filter(None, (self._blocks, self._metadata)))
+        others = [blocks for _, blocks in self._also.values()]
+        return (*(shards[name] for name in sorted(shards)), *filter(None, (self._blocks, *others, self._metadata)))
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         spec = self._spec(name)
         stored = self._stored[name]
         if self._scheme and stored in self._packed:
             return self._scheme.read_rows(self._files, stored, start, stop)
+        if self._chosen is not None and name in self._coded()[0]:  # the values in the folder are the first recipe's
+            coded = self.coded_rows(name, start, stop)
+            assert coded is not None
+            values: np.ndarray = grids.get(coded[0]).dequantize(coded[1])
+            return values
         file = self._files[stored]
         where, shape = f"{file.path}: {stored}", (stop - start, spec.shape[-1] if spec.shape else 1)
         raw = file.read_rows(stored, start, stop)
@@ -151,9 +176,8 @@ class FolderCheckpoint(Checkpoint):
         self._spec(name)
         if self._scheme and self._stored[name] in self._packed:
             return self._scheme.block_rows(self._files, self._stored[name], start, stop)
-        if name not in self._grids or self._blocks is None:
-            return None
-        return self._blocks.read_rows(name, start, stop)
+        of, blocks = self._coded()
+        return blocks.read_rows(name, start, stop) if name in of and blocks is not None else None
 
     def coded_rows(self, name: str, start: int, stop: int) -> tuple[str, Blocks] | None:
         stored = self._stored[self._spec(name).name]

@@ -19,6 +19,7 @@ from lowbit.grid.base import Blocks
 
 FORMAT = "lowbit-checkpoint/1"
 MANIFEST, BLOCKS, METADATA = "lowbit.json", "blocks.safetensors", "metadata.gguf"
+ACTIVATIONS = "activations.safetensors"  # scales of static int8 activations, where they were trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +135,9 @@ class Checkpoint:
         and with its offset, without the way to Hugging Face's and back, on which a norm's last bits are lost. None for
         a folder."""
         return None
+
+    def choose(self, recipe: str) -> None:
+        """From here on codes and values are that recipe's, where training was for several; else the first one's."""
 
     def gguf_metadata(self) -> list[Field] | None:
         """Every key-value of the GGUF that this checkpoint comes from, untouched; None if there is none."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,15 +40,18 @@ class Tensor:
     blocks: np.ndarray | None = None
 
 
-def write_checkpoint(folder: str | Path, like: Checkpoint, tensors: Iterable[Tensor]) -> Path:
+def write_checkpoint(
+    folder: str | Path, like: Checkpoint, tensors: Iterable[Tensor], *, notes: Mapping[str, Any] | None = None
+) -> Path:
     """Writes a folder that ``open_checkpoint`` and transformers read: config.json, model.safetensors (F32),
     blocks.safetensors (packed bytes under the same names), lowbit.json, and the tokenizer's files or metadata.gguf.
 
-    ``tensors`` must give every name of ``like`` once, in any order; they are written as they come. lowbit.json is
-    written last: a folder without it is not whole. Raises CannotWrite, or BadFile where a tensor does not fit.
+    ``tensors`` must give every name of ``like`` once, in any order; they are written as they come. lowbit.json, which
+    says ``notes`` besides, is written last: a folder without it is not whole. Raises CannotWrite, or BadFile where a
+    tensor does not fit.
     """
     folder = Path(folder)
-    manifest: dict[str, Any] = {"format": FORMAT, "source": _source(like), "tensors": {}}
+    manifest: dict[str, Any] = {"format": FORMAT, "source": _source(like), **(notes or {}), "tensors": {}}
 
     def fill(writers: dict[str, SafetensorsWriter]) -> None:
         for tensor in tensors:

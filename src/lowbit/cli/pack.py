@@ -16,8 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help="a checkpoint folder, or any MODEL")
     parser.add_argument(
         "--recipe",
-        help="type of the matrices: q4_0 (GGUF's default), q4_1, q5_0, q5_1, q8_0, iq4_nl, q4_k, q5_k, "
-        "q6_k; q4_k_m, llama-quantize's mix; mlx_affine4_g32 (MLX's default), "
+        help="type of the matrices: q4_0 (GGUF's default), q4_1, q5_0, q5_1, q8_0, iq4_nl, mxfp4, q2_k, "
+        "q4_k, q5_k, q6_k; q4_k_m, llama-quantize's mix; mlx_affine4_g32 (MLX's default), "
         "mlx_affine4_g64, mlx_affine8_g32, mlx_affine8_g64; int4_g32 (compressed-tensors' default), int4_g128; "
         "mobile_w8 (LiteRT-LM's default), mobile, mobile_mlp2, mobile_w4; "
         "f16, bf16, f32; with --mmproj f16 (default), bf16, f32, q8_0",

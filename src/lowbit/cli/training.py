@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-NAMES = ("minutes", "steps", "recipe", "data", "seed", "threads", "start", "train")
+NAMES = ("minutes", "steps", "recipe", "data", "seed", "threads", "start", "train", "activations")
 # Left to TrainOptions where they are not given, so that a default is written once and --help needs no torch.
 FINER = (
     "targets", "learning_rate", "scale_rate", "warmup_steps", "batch_size", "accumulate", "sequence_length", "clip",
@@ -64,7 +64,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="end distillation after N optimizer steps, however long they take (default: by --minutes)",
     )
-    group.add_argument("--recipe", default="q4_0", help="the type of the trained matrices (default: q4_0)")
+    group.add_argument(
+        "--recipe",
+        "--grid",
+        metavar="NAME[,NAME]",
+        default="q4_0",
+        help="the type of the trained matrices (default: q4_0); several train one checkpoint for several files",
+    )
     group.add_argument(
         "--data",
         metavar="SOURCE",
@@ -83,6 +89,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("full", "scales", "both"),
         default="full",
         help="what distillation moves: every weight (default), the scales only, or both",
+    )
+    group.add_argument(
+        "--activations",
+        choices=("float", "static"),
+        default="float",
+        help="static: int8 activations and cache on trained scales, as phones run the mobile recipes (default: float)",
     )
     finer = parser.add_argument_group("training, finer", "the defaults suit a model of some hundred million weights")
     finer.add_argument("--targets", metavar="T", help="hidden (exact probabilities, the default) or topk:K")

@@ -32,29 +32,31 @@ class Q4_K(LadderGrid):
     # The search tries max_code + first + i / 10 steps to the range of a group, for i from 0 to tries - 1.
     first: ClassVar[float] = -1.0
     tries: ClassVar[int] = 21
+    by_magnitude: ClassVar[bool] = False  # in the search weights count by their magnitude alone, and errors likewise
 
     def quantize(self, x: Array) -> Blocks:
         check_finite(x)
         blocks = as_blocks(x, self.block_size)
         offsets = [np.float32(self.first) + np.float32(0.1) * np.float32(i) for i in range(self.tries)]
         reaches = [float(offset + np.float32(self.max_code)) for offset in offsets]  # float32 sums, in C's order
-        flat = blocks.reshape(-1, 8, 32)  # (block, group, weight)
-        found = in_slices(partial(_quantize, top=self.max_code, reaches=reaches), flat, _SLICE)
+        n_groups = self.block_size // self.ladder_group
+        flat = blocks.reshape(-1, n_groups, self.ladder_group)  # (block, group, weight)
+        found = in_slices(partial(self._quantize, reaches=reaches), flat, _SLICE)
         codes, scales, mins, sub_scales, sub_mins = found
         outer = blocks.shape[:-1]
         return Blocks(
             codes=codes.reshape(*outer, 256),
             scales=scales.reshape(outer),
             mins=mins.reshape(outer),
-            sub_scales=sub_scales.reshape(*outer, 8),
-            sub_mins=sub_mins.reshape(*outer, 8),
+            sub_scales=sub_scales.reshape(*outer, n_groups),
+            sub_mins=sub_mins.reshape(*outer, n_groups),
         )
 
     def dequantize(self, blocks: Blocks) -> Array:
         with np.errstate(invalid="ignore"):  # 0 * Inf and Inf - Inf, beyond float16: NaN, as in the runtime
             steps = cast(blocks.scales, "float32")[..., None] * cast(blocks.sub_scales, "float32")
             offsets = cast(blocks.mins, "float32")[..., None] * cast(blocks.sub_mins, "float32")
-            values = cast(blocks.codes, "float32").reshape(*steps.shape, 32) * steps[..., None]
+            values = cast(blocks.codes, "float32").reshape(*steps.shape, self.ladder_group) * steps[..., None]
             values -= offsets[..., None]
         return as_rows(values.reshape(*steps.shape[:-1], 256))
 
@@ -72,6 +74,24 @@ class Q4_K(LadderGrid):
     def unpack(self, raw: np.ndarray) -> Blocks:
         raw = raw_blocks(raw, self.block_bytes)
         return unpack_head(raw[..., :16], unpack_nibbles(raw[..., 16:]))
+
+    def _quantize(self, xp: Array, x: Array, reaches: list[float]) -> tuple[Array, ...]:
+        """(n, groups, weights) float32 -> codes int8, scales and mins (n) float16, their groups' (n, groups) int8."""
+        scale, least, codes = _search(xp, x, self.max_code, reaches, by_magnitude=self.by_magnitude)
+        d, d_min, sub_scales, sub_mins = self._levels(xp, scale, -least)
+        # The codes once more, on the scales as they are stored; a group whose stored scale is 0 keeps the search's.
+        steps = (cast(d, "float32")[:, None] * sub_scales)[..., None]
+        again = x + (cast(d_min, "float32")[:, None] * sub_mins)[..., None]
+        again /= steps
+        again = xp.clip(nearest_int(again), 0, self.max_code)
+        codes = xp.where(steps == 0, codes, again)
+        return cast(codes, "int8"), d, d_min, cast(sub_scales, "int8"), cast(sub_mins, "int8")
+
+    def _levels(self, xp: Array, scale: Array, minimum: Array) -> tuple[Array, ...]:
+        """(n, groups) float32 both -> two float16 (n), and whole numbers (n, groups), still float32."""
+        d, sub_scales = _two_levels(xp, scale)
+        d_min, sub_mins = _two_levels(xp, minimum)
+        return d, d_min, sub_scales, sub_mins
 
 
 def put_head(out: np.ndarray, blocks: Blocks) -> None:
@@ -111,39 +131,33 @@ def unpack_nibbles(raw: np.ndarray) -> np.ndarray:
     return as_rows(nibbles(raw.reshape(*raw.shape[:-1], 4, 32)))
 
 
-def _quantize(xp: Array, x: Array, top: int, reaches: list[float]) -> tuple[Array, ...]:
-    """(n, 8, 32) float32 -> codes (n, 8, 32) int8, scales and mins (n) float16, their groups' (n, 8) int8."""
-    scale, least, codes = _search(xp, x, top, reaches)
-    d, sub_scales = _two_levels(xp, scale)
-    d_min, sub_mins = _two_levels(xp, -least)
-    # The codes once more, on the scales as they are stored; a group whose stored scale is 0 keeps the search's.
-    steps = (cast(d, "float32")[:, None] * sub_scales)[..., None]
-    again = x + (cast(d_min, "float32")[:, None] * sub_mins)[..., None]
-    again /= steps
-    again = xp.clip(nearest_int(again), 0, top)
-    codes = xp.where(steps == 0, codes, again)
-    return cast(codes, "int8"), d, d_min, cast(sub_scales, "int8"), cast(sub_mins, "int8")
-
-
 def _two_levels(xp: Array, wanted: Array) -> tuple[Array, Array]:
     """(n, 8) float32 -> float16 (n) and whole numbers (n, 8) up to 63, still float32: their products are stored."""
+    d, sub = levels(xp, wanted, _TOP_SUB_SCALE)
+    return d, cast(xp.clip(sub, None, _TOP_SUB_SCALE), "float32")
+
+
+def levels(xp: Array, wanted: Array, top: int) -> tuple[Array, Array]:
+    """(n, groups) float32 -> float16 (n), and int32 (n, groups) from 0 to 255: the multiples of it, up to ``top`` but
+    where numbers overflowed."""
     greatest = xp.amax(xp.where(wanted > 0, wanted, 0.0), -1)  # C's > passes over NaN
-    top = xp.full_like(greatest, float(_TOP_SUB_SCALE))
-    inverse = xp.where(greatest > 0, top / greatest, 0.0)
+    most = xp.full_like(greatest, float(top))
+    inverse = xp.where(greatest > 0, most / greatest, 0.0)
     # C keeps the lowest byte of what nearest_int gives.
-    sub = xp.clip(nearest_int(wanted * inverse[:, None]) & 255, None, _TOP_SUB_SCALE)
-    return cast(greatest / top, "float16"), cast(sub, "float32")
+    return cast(greatest / most, "float16"), nearest_int(wanted * inverse[:, None]) & 255
 
 
-def _search(xp: Array, x: Array, top: int, reaches: list[float]) -> tuple[Array, Array, Array]:
-    """The best scale of each group, the value of its code 0 (at most 0), both (n, 8), and its codes (n, 8, 32) int32.
+def _search(xp: Array, x: Array, top: int, reaches: list[float], *, by_magnitude: bool) -> tuple[Array, Array, Array]:
+    """The best scale of each group, the value of its code 0 (at most 0), both (n, groups), and its codes int32.
 
     Each try rounds to evenly spaced codes from the least value so far to the greatest weight, then fits scale and
     least value to them: a better fit is where the next try starts from.
     """
-    by_weight = xp.stack([x[..., i] for i in range(32)])  # (32, n, 8), contiguous: sums run over the weights in order
+    size = x.shape[-1]
+    by_weight = xp.stack([x[..., i] for i in range(size)])  # (size, n, groups), contiguous: sums run over the weights
     weights = abs(by_weight)
-    weights += square_root(xp, sum_in_order(xp, by_weight * by_weight) / 32.0)
+    if not by_magnitude:
+        weights += square_root(xp, sum_in_order(xp, by_weight * by_weight) / float(size))
     sum_w, sum_x = sum_in_order(xp, weights), sum_in_order(xp, weights * by_weight)
     high, least = xp.amax(by_weight, 0), xp.clip(xp.amin(by_weight, 0), None, 0.0)
     is_flat, floor = high == least, least
@@ -158,7 +172,7 @@ def _search(xp: Array, x: Array, top: int, reaches: list[float]) -> tuple[Array,
         codes *= scale
         codes += least
         codes -= by_weight
-        codes *= codes
+        codes = abs(codes) if by_magnitude else codes * codes
         codes *= weights
         return sum_in_order(xp, codes)
 

@@ -110,6 +110,7 @@ def pack(
         name, types = mixed.name, mixed.types
     else:
         container, name, types = _by_recipe(checkpoint, recipe, to)
+    checkpoint.choose(name)
     out = Path(out)
     proved: list[Certificate] = []
 

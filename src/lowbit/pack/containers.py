@@ -70,6 +70,8 @@ def choose(to: str | None, grid: str | None) -> Container:
         if grid is None or found[name].holds(grid):
             return found[name]
     hint = f"Without --recipe it packs {found[to].RECIPE}" if to is not None else None
+    if grid is not None and not any(each.holds(grid) for each in found.values()):
+        hint = "No container has it yet; --recipe f32 packs the values that it stands for, exactly"
     raise BadOption("this container does not have the recipe's format", where=to, found=grid, hint=hint)
 
 

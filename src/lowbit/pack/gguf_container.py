@@ -30,8 +30,8 @@ from lowbit.threads import in_order, keep_freed_memory, thread_count
 RECIPE = "q4_0"
 # llama.cpp's LLAMA_FTYPE_*: what `general.file_type` says a file mostly is.
 FILE_TYPES = {
-    "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q4_k": 14, "q4_k_m": 15, "q5_k": 16,
-    "q6_k": 18, "iq4_nl": 25, "bf16": 32, "mxfp4": 38,
+    "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q2_k": 10, "q4_k": 14, "q4_k_m": 15,
+    "q5_k": 16, "q6_k": 18, "iq4_nl": 25, "bf16": 32, "mxfp4": 38,
 }  # fmt: skip
 _GUESSED = 1024
 _QUANTIZATION_VERSION = 2

@@ -10,7 +10,8 @@ Any Trainer can train a prepared model: its parameters are the masters. What the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -43,7 +44,7 @@ class FakeQuantizer(nn.Module):
 
     weight: (rows, n) float32, n a multiple of the grid's block size. frame: the blocks whose scales and minimums it is
     rounded on, or None for the grid's own choice. train: "full" (the weight moves, the frame is fixed), "scales" (codes
-    are fixed, scales and minimums move) or "both". Scales that are powers of two (MXFP4) never move.
+    are fixed, scales and minimums move) or "both" (weights and scales). Powers of two (MXFP4) never move.
     """
 
     scales: torch.Tensor | None
@@ -58,7 +59,9 @@ class FakeQuantizer(nn.Module):
         with torch.no_grad():
             if grid.is_trainable:
                 start = grid.quantize(weight.detach()) if frame is None else grid.encode_on(weight.detach(), frame)
-                self._hold(start, learned=train in ("scales", "both"))
+                # Inside of the range of codes an offset's slope is 0 where codes may change: what is left is noise.
+                learned = {"scales": ("scales", "mins"), "both": ("scales",)}.get(train, ())
+                self._hold(start, learned)
                 if train == "scales":
                     self.register_buffer("codes", start.codes)
         self._values: dict[torch.dtype, torch.Tensor] = {}
@@ -71,12 +74,12 @@ class FakeQuantizer(nn.Module):
         scales, mins = (getattr(self, part, None) for part in ("scales", "mins"))
         return _StraightThrough.apply(weight, scales, mins, values, self)
 
-    def _hold(self, start: Blocks, *, learned: bool) -> None:
+    def _hold(self, start: Blocks, learned: tuple[str, ...]) -> None:
         """Scales and minimums as parameters in float32 where they are free numbers, the rest as it is."""
         for part in ("scales", "mins", "sub_scales", "sub_mins"):
             values: Any = getattr(start, part)
             if values is not None and values.is_floating_point():
-                self.register_parameter(part, nn.Parameter(values.float(), requires_grad=learned))
+                self.register_parameter(part, nn.Parameter(values.float(), requires_grad=part in learned))
             else:
                 self.register_buffer(part, values)
 
@@ -158,14 +161,52 @@ class _StraightThrough(torch.autograd.Function):
         return for_weight, *found, None, None
 
 
+class Chosen:
+    """Which of the recipes a model computes with now: the same for all of its weights."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names, self.index = names, 0
+
+    @property
+    def n(self) -> int:
+        return len(self.names)
+
+    @contextlib.contextmanager
+    def use(self, index: int) -> Iterator[None]:
+        """Within the block the model computes with that recipe's grids."""
+        before, self.index = self.index, index
+        try:
+            yield
+        finally:
+            self.index = before
+
+
+class Several(nn.Module):
+    """The parametrization of one weight that is trained for several files at once: the master is one, and each file has
+    a fake quantizer of its own, or leaves the weight as it is (None). ``chosen`` says whose turn it is.
+    """
+
+    def __init__(self, each: Sequence[FakeQuantizer | None], chosen: Chosen) -> None:
+        super().__init__()
+        self.each = nn.ModuleList([nn.Identity() if one is None else one for one in each])
+        self.chosen = chosen
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        values: torch.Tensor = self.each[self.chosen.index](weight)
+        return values
+
+
 def prepare(
     model: nn.Module,
     recipe: str | recipes.Recipe = "q4_0",
     *,
-    frames: Mapping[str, Blocks] | None = None,
+    frames: Mapping[str, Blocks] | Sequence[Mapping[str, Blocks]] | None = None,
     train: str = "full",
 ) -> nn.Module:
     """Puts a fake quantizer around every weight of a Hugging Face model that ``recipe`` places on a grid; in place.
+
+    recipe: several names, with commas between them, train one set of weights for all of these files: ``chosen(model)``
+    then tells and sets which of them the model computes with. frames are one mapping a recipe then.
 
     frames: scales and minimums by tensor name where they were searched for; elsewhere the grid's own rule. train:
     "full", "scales" or "both". A tied embedding is wrapped once and serves both uses. Returns the model, which any
@@ -174,9 +215,15 @@ def prepare(
     """
     if train not in ("full", "scales", "both"):
         raise BadOption("unknown train", found=train, expected="full, scales or both")
-    found = frames or {}
-    for name, grid in assignment(model, recipe).items():
-        if grid.name == "f32":
+    wanted = recipes.several(recipe) if isinstance(recipe, str) else (recipe,)
+    if train == "scales" and len(wanted) > 1:
+        raise BadOption("several recipes share weights, and scales alone share none", found="train=scales")
+    starts = [frames or {}] if isinstance(frames, Mapping | None) else list(frames)
+    starts += [{}] * (len(wanted) - len(starts))
+    each = [assignment(model, one) for one in wanted]
+    turn = Chosen(tuple(one.name for one in wanted))
+    for name in each[0]:
+        if all(grids_of[name].name == "f32" for grids_of in each):
             continue
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
@@ -184,13 +231,27 @@ def prepare(
             raise BadOption("the model is prepared already", where=name)
         weight = getattr(module, attribute)
         grids.check_finite(weight, name)
-        quantizer = FakeQuantizer(grid, weight, found.get(name), train)
-        quantizer.is_lookup = isinstance(module, nn.Embedding)
+        made = [_quantizer(of[name], weight, at.get(name), train) for of, at in zip(each, starts, strict=True)]
+        for quantizer in filter(None, made):
+            quantizer.is_lookup = isinstance(module, nn.Embedding)
         if train == "scales":
             weight.requires_grad_(False)
-        parametrize.register_parametrization(module, attribute, quantizer, unsafe=True)
+        whole = Several(made, turn) if len(made) > 1 else made[0]
+        assert whole is not None
+        parametrize.register_parametrization(module, attribute, whole, unsafe=True)
+    model.__dict__["_chosen_recipe"] = turn
     _retie(model)
     return model
+
+
+def chosen(model: nn.Module) -> Chosen:
+    """Whose turn it is, of a prepared model; of another there is one turn."""
+    found: Chosen = model.__dict__.get("_chosen_recipe") or Chosen(("",))
+    return found
+
+
+def _quantizer(grid: Grid, weight: torch.Tensor, frame: Blocks | None, train: str) -> FakeQuantizer | None:
+    return None if grid.name == "f32" else FakeQuantizer(grid, weight, frame, train)
 
 
 def assignment(model: nn.Module, recipe: str | recipes.Recipe) -> dict[str, Grid]:
@@ -204,13 +265,14 @@ def assignment(model: nn.Module, recipe: str | recipes.Recipe) -> dict[str, Grid
     return {name: grids.get(grid) for name, grid in chosen.assign_specs(family.tensors(text_config)).items()}
 
 
-def quantized(model: nn.Module) -> Iterator[tuple[str, nn.Module, FakeQuantizer]]:
-    """(tensor name, module, fake quantizer) of every wrapped weight."""
+def quantized(model: nn.Module, which: int = 0) -> Iterator[tuple[str, nn.Module, FakeQuantizer]]:
+    """(tensor name, module, fake quantizer) of every weight that the recipe of that number wraps."""
     for path, module in model.named_modules():
         if not parametrize.is_parametrized(module):
             continue
         for attribute, chain in module.parametrizations.items():  # type: ignore[union-attr]
-            for quantizer in chain:
+            for outer in chain:
+                quantizer = outer.each[which] if isinstance(outer, Several) else outer
                 if isinstance(quantizer, FakeQuantizer):
                     yield f"{path}.{attribute}", module, quantizer
 

@@ -21,6 +21,7 @@ from lowbit.train import calibrate, frames
 # Where a row's largest magnitude may land, in parts of the lowest code: 2 bits leave most of what is large clipped.
 _ROW_REACHES = tuple(1.17**i for i in range(-2, 15))
 _FITS = 3
+_REFITS = 2
 _STRETCHES = (0.8, 0.9, 1.0, 1.1)  # of a group's range of MLX's
 
 
@@ -41,6 +42,44 @@ def search(weight: torch.Tensor, importance: torch.Tensor, grid: Grid) -> Blocks
 def can_compensate(grid: Grid) -> bool:
     """Whether ``calibrate.compensate`` knows the format: evenly spaced codes."""
     return grid.has_scales or isinstance(grid, LadderGrid)
+
+
+@torch.no_grad()
+def compensated(weight: torch.Tensor, moments: torch.Tensor, grid: Grid, damping: float) -> tuple[Blocks, torch.Tensor]:
+    """A frame, and weights (rows, n) float32 whose nearest codes on it disturb what the matrix computes least.
+
+    moments: (n, n) float32. One scale a row is chosen anew once the codes are: the best for the row's whole output, not
+    the sum of its weights' errors. Each row keeps whichever of the two has the smaller loss.
+    """
+    frame = search(weight, moments.diagonal().contiguous(), grid)
+    moved = calibrate.compensate(weight, frame, moments, grid, damping)
+    if not grid.whole_rows:
+        return frame, moved
+    least = _loss(weight, moved, frame, moments, grid)
+    for _ in range(_REFITS):
+        refitted = _refitted(weight, moved, frame, moments, grid)
+        again = calibrate.compensate(weight, refitted, moments, grid, damping)
+        loss = _loss(weight, again, refitted, moments, grid)
+        better = (loss < least)[:, None]
+        moved, least = torch.where(better, again, moved), torch.minimum(loss, least)
+        frame = Blocks(codes=None, scales=_chosen(better, refitted, frame, "scales"))
+    return frame, moved
+
+
+def _loss(weight: torch.Tensor, moved: torch.Tensor, frame: Blocks, moments: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """e H e of each row's errors: (rows,)."""
+    errors = frames.values_on(grid, moved, frame, torch.float32).sub_(weight)
+    return ((errors @ moments) * errors).sum(-1)
+
+
+def _refitted(weight: torch.Tensor, moved: torch.Tensor, frame: Blocks, moments: torch.Tensor, grid: Grid) -> Blocks:
+    """One scale a row by least squares under the moments, for the codes that compensation chose."""
+    codes = grid.encode_on(moved, frame).codes[:, 0].float()
+    pulled = codes @ moments
+    norm = (pulled * codes).sum(-1, keepdim=True)
+    fitted = (pulled * weight).sum(-1, keepdim=True) / norm
+    old: Any = frame.scales
+    return Blocks(codes=None, scales=frames.stored(torch.where((norm > 0) & (fitted > 0), fitted, old), grid))
 
 
 def _error(weight: torch.Tensor, importance: torch.Tensor, frame: Blocks, grid: Grid, group: int) -> torch.Tensor:

@@ -42,18 +42,20 @@ def of_arrays(blocks: Blocks, device: torch.device) -> Blocks:
     return Blocks(**{k: None if v is None else torch.from_numpy(v.copy()).to(device) for k, v in parts.items()})
 
 
-def to_tensors(frame: Blocks, name: str) -> dict[str, torch.Tensor]:
-    """What a file holds of the frame of the tensor ``name``, by 'scales:NAME' and so on."""
+def to_tensors(frame: Blocks, name: str, which: int = 0) -> dict[str, torch.Tensor]:
+    """What a file holds of the frame of the tensor ``name``, by 'scales:NAME' and so on. which: of several recipes."""
     found = {part: getattr(frame, part) for part in _PARTS}
-    return {f"{part}:{name}": values.cpu().contiguous() for part, values in found.items() if values is not None}
+    prefix = f"{which}/" if which else ""
+    return {f"{prefix}{part}:{name}": v.cpu().contiguous() for part, v in found.items() if v is not None}
 
 
-def from_tensors(found: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, Blocks]:
+def from_tensors(found: Mapping[str, torch.Tensor], device: torch.device, which: int = 0) -> dict[str, Blocks]:
     """The frames in a file, by tensor name: the inverse of ``to_tensors``."""
     parts: dict[str, dict[str, Any]] = {}
+    prefix = f"{which}/" if which else ""
     for key, values in found.items():
-        part, _, name = key.partition(":")
-        if part in _PARTS:
+        part, _, name = key.removeprefix(prefix).partition(":")
+        if key.startswith(prefix) and part in _PARTS:
             parts.setdefault(name, {})[part] = values.to(device)
     return {name: Blocks(codes=None, **of_one) for name, of_one in parts.items()}
 

@@ -20,6 +20,8 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from lowbit import console
 from lowbit.files import write_json
+from lowbit.train import static_ranges
+from lowbit.train.fake_quant import chosen
 from lowbit.train.loss import distillation_loss
 from lowbit.train.options import TrainOptions
 from lowbit.train.precision import autocast
@@ -110,7 +112,8 @@ class DistillationTrainer(Trainer):
         self.reference_head = reference_head
         seen = len(sequences) - held_out
         self._unseen = [(row, sequences[row]) for row in range(seen, len(sequences))]
-        self._head: torch.Tensor | None = None
+        self._heads: dict[int, torch.Tensor] = {}  # by recipe
+        self._passes = 0
         self.recent: float | None = None
         arguments = TrainingArguments(
             output_dir=str(folder),
@@ -141,7 +144,10 @@ class DistillationTrainer(Trainer):
     def compute_loss(  # type: ignore[override]
         self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **_: Any
     ) -> torch.Tensor:
-        loss = self._divergence(model, inputs["input_ids"], inputs["row"])
+        turn = chosen(model)
+        with turn.use(self._passes % turn.n):  # files that share weights take turns
+            loss = self._divergence(model, inputs["input_ids"], inputs["row"])
+        self._passes += 1
         value = float(loss.detach())
         self.recent = value if self.recent is None else 0.9 * self.recent + 0.1 * value
         return loss
@@ -159,21 +165,24 @@ class DistillationTrainer(Trainer):
         model: Any = self.model
         was_training = model.training
         model.eval()
-        found = []
-        for row, tokens in self._unseen:
-            batch = torch.from_numpy(tokens.astype(np.int64))[None].to(self.args.device)
-            found.append(float(self._divergence(model, batch, torch.tensor([row]))))
+        found, turn = [], chosen(model)
+        for which in range(turn.n):
+            with turn.use(which):
+                for row, tokens in self._unseen:
+                    batch = torch.from_numpy(tokens.astype(np.int64))[None].to(self.args.device)
+                    found.append(float(self._divergence(model, batch, torch.tensor([row]))))
         model.train(was_training)
         return sum(found) / len(found) if found else None
 
     def _student_head(self, model: Any) -> torch.Tensor:
         """The output head as the file will hold it, in the products' dtype; made once if it does not move."""
-        if self._head is not None:
-            return self._head
+        turn = chosen(model).index
+        if turn in self._heads:
+            return self._heads[turn]
         weight: torch.Tensor = model.get_output_embeddings().weight
         head = weight.to(self.dtype)
         if torch.is_grad_enabled() and not weight.requires_grad:  # without gradients a head that moves says so too
-            self._head = head
+            self._heads[turn] = head
         return head
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -182,18 +191,23 @@ class DistillationTrainer(Trainer):
             rest: dict[str, Any] = {"params": [], "weight_decay": self.args.weight_decay}
             groups = [rest]
             for name, parameter in self._parameters():
-                if parameter.requires_grad and self._scale_rate and name.rpartition(".")[2] in ("scales", "mins"):
+                rate = self._rate_of(name.rpartition(".")[2])
+                if parameter.requires_grad and rate:
                     size = max(float(parameter.detach().abs().mean()), _SMALLEST_SCALE)
-                    groups.append({**rest, "params": [parameter], "lr": self._scale_rate * size})
+                    groups.append({**rest, "params": [parameter], "lr": rate * size})
                 elif parameter.requires_grad:
                     rest["params"].append(parameter)
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer = kind(groups, **settings)
         return self.optimizer  # type: ignore[no-any-return]
 
-    @property
-    def _scale_rate(self) -> float | None:
-        return self.options.scale_rate or (_SCALE_RATE if self.options.train == "both" else None)
+    def _rate_of(self, kind: str) -> float | None:
+        """The rate of parameters of that name, in parts of their magnitude; None for those at the learning rate."""
+        if kind == static_ranges.PARAMETER:
+            return self.options.scale_rate or _SCALE_RATE
+        if kind in ("scales", "mins"):
+            return self.options.scale_rate or (_SCALE_RATE if self.options.train == "both" else None)
+        return None
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.schedule.factor)  # type: ignore[arg-type]
@@ -217,6 +231,8 @@ class DistillationTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         saved = safetensors.torch.load_file(Path(resume_from_checkpoint) / _WEIGHTS)
         parameters = dict(self._parameters())
+        state = json.loads((Path(resume_from_checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+        self._passes = state["global_step"] * self.options.accumulate
         with torch.no_grad():
             for name, values in saved.items():
                 parameters[name].copy_(values)

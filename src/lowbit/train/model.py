@@ -15,9 +15,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lowbit import grid as grids
 from lowbit.checkpoint import Checkpoint, Tensor, write_checkpoint
+from lowbit.checkpoint.model import ACTIVATIONS
 from lowbit.errors import Unsupported
 from lowbit.grid.base import Blocks
-from lowbit.train.fake_quant import FakeQuantizer, master, quantized
+from lowbit.train import static_ranges
+from lowbit.train.fake_quant import FakeQuantizer, chosen, master, quantized
+from lowbit.train.storage import save_tensors
 
 
 def load(checkpoint: Checkpoint) -> Any:
@@ -56,9 +59,31 @@ def save(model: nn.Module, folder: str | Path, *, like: Checkpoint) -> Path:
     """Writes a prepared model as a checkpoint folder: its values, and the codes and scales they came from.
 
     like: the checkpoint that the model was loaded from; its config and tokenizer are carried over. ``lowbit pack`` then
-    copies the codes and scales as they are.
+    copies the codes and scales as they are. Scales of static activations lie beside them in activations.safetensors.
     """
-    return write_checkpoint(folder, like, tensors(model, like))
+    notes: dict[str, Any] = {}
+    scales = static_ranges.state(model)
+    if scales:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_tensors(scales, Path(folder) / ACTIVATIONS)
+        notes["activations"] = {"kind": "static-int8", "file": ACTIVATIONS}
+    if chosen(model).n > 1:
+        notes["also"] = _also(model, Path(folder))
+    return write_checkpoint(folder, like, tensors(model, like), notes=notes)
+
+
+def _also(model: nn.Module, folder: Path) -> dict[str, Any]:
+    """Writes the blocks of every further recipe, and gives what lowbit.json says of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    described = {}
+    for which, name in enumerate(chosen(model).names[1:], 1):
+        found = {each: _quantized_tensor(each, m, q) for each, m, q in quantized(model, which)}
+        # What only the first recipe rounds is a float here, and the folder's values are the rounded ones.
+        found |= {each: _float_tensor(each, m) for each, m, _ in quantized(model) if each not in found}
+        file = f"blocks-{name}.safetensors"
+        save_tensors({each: torch.from_numpy(tensor.blocks) for each, tensor in found.items()}, folder / file)
+        described[name] = {"file": file, "tensors": {each: {"grid": tensor.grid} for each, tensor in found.items()}}
+    return described
 
 
 def tensors(model: nn.Module, like: Checkpoint) -> Iterator[Tensor]:
@@ -76,7 +101,9 @@ def _weights(model: nn.Module, checkpoint: Checkpoint) -> dict[str, torch.Tensor
     """The model's parameters (a tied head is not among them), and the buffers that the checkpoint has: Gemma 4's
     ``layer_scalar`` is one."""
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in checkpoint.specs}
-    return {**dict(model.named_parameters()), **buffers}
+    # The master of a weight that is wrapped for a further recipe alone has its own name in the first one's file.
+    plain = {name.replace(".parametrizations", "").removesuffix(".original"): p for name, p in model.named_parameters()}
+    return {**plain, **buffers}
 
 
 def _quantized_tensor(name: str, module: nn.Module, quantizer: FakeQuantizer) -> Tensor:
@@ -84,6 +111,11 @@ def _quantized_tensor(name: str, module: nn.Module, quantizer: FakeQuantizer) ->
     blocks = quantizer.blocks(master(module, name.rpartition(".")[2]))
     stored = Blocks(**{field.name: _numpy(getattr(blocks, field.name)) for field in dataclasses.fields(blocks)})
     return Tensor(name=name, values=grid.dequantize(stored), grid=grid.name, blocks=grid.pack(stored))
+
+
+def _float_tensor(name: str, module: nn.Module) -> Tensor:
+    grid, values = grids.get("f32"), _numpy(master(module, name.rpartition(".")[2]).detach().float())
+    return Tensor(name=name, values=values, grid=grid.name, blocks=grid.pack(grid.quantize(values)))
 
 
 def _numpy(x: torch.Tensor | None) -> Any:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from lowbit import recipe as recipes
 from lowbit.errors import BadOption
 
 STARTS = ("calibrated", "nearest")
 PARAMETERS = ("full", "scales", "both")
+ACTIVATIONS = ("float", "static")
 PRECISIONS = ("auto", "float32", "bfloat16")
+_CHOICES = {"start": STARTS, "train": PARAMETERS, "activations": ACTIVATIONS, "precision": PRECISIONS}
 # A sequence of one token has nothing to go on from.
 _LEAST = {
     "steps": 1, "sequence_length": 2, "batch_size": 1, "accumulate": 1, "warmup_steps": 0, "threads": 1, "seed": 0,
@@ -22,10 +25,11 @@ class TrainOptions:
 
     minutes:         wall-clock budget of sampling, calibration and distillation together
     steps:           optimizer steps instead of a time budget for distillation (deterministic); None: by the clock
-    recipe:          which tensor goes on which grid ("q4_0", ...)
+    recipe:          which tensor goes on which grid ("q4_0", ...); several train one checkpoint for all
     start:           "calibrated" (scale search, error compensation) or "nearest" (the format's plain rounding)
     train:           "full" (weights, and norms), "scales" (codes stay as the start left them) or "both" (weights and
-                     norms, and scales and minimums where the format leaves them free)
+                     norms, and scales where the format leaves them free)
+    activations:     "float", or "static": int8 on scales that are calibrated and then trained, keys and values too
     data:            text file, JSONL, Parquet or datasets id; None: sampled from the model itself, filled up with
                      the bundled text where the budget is too short to sample enough
     targets:         "hidden" (the reference's final hidden states: exact probabilities) or "topk:K" (its K largest
@@ -48,6 +52,7 @@ class TrainOptions:
     recipe: str = "q4_0"
     start: str = "calibrated"
     train: str = "full"
+    activations: str = "float"
     data: str | None = None
     targets: str = "hidden"
     sequence_length: int = 512
@@ -64,7 +69,8 @@ class TrainOptions:
     def __post_init__(self) -> None:
         if not 0 < self.minutes < math.inf:
             raise BadOption("minutes must be a number above 0", found=self.minutes, hint="Try --minutes 10")
-        for name, choices in (("start", STARTS), ("train", PARAMETERS), ("precision", PRECISIONS)):
+        object.__setattr__(self, "recipe", ",".join(each.name for each in recipes.several(self.recipe)))
+        for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise BadOption(f"unknown {name}", found=getattr(self, name), expected=" or ".join(choices))
         for name, least in _LEAST.items():

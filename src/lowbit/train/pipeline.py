@@ -20,7 +20,7 @@ from lowbit.checkpoint import Checkpoint, open_checkpoint
 from lowbit.checkpoint.model import MANIFEST
 from lowbit.errors import BadOption
 from lowbit.files import replacing
-from lowbit.train import data, frames, importance, precision
+from lowbit.train import data, frames, importance, precision, static_ranges
 from lowbit.train.fake_quant import assignment, prepare
 from lowbit.train.ledger import Ledger
 from lowbit.train.loop import DistillationTrainer, Schedule, distil, latest_checkpoint
@@ -40,6 +40,7 @@ _ROUNDING_SLACK = 0.1  # of its time that rounding may be behind before it leave
 _BODY_STEP = 3.3
 _ASKING_SHARE = 0.4  # of the time left, at most
 _FEWEST_SEQUENCES = 8
+_RANGE_SEQUENCES = 8
 _UNSEEN = 4  # sequences that are never trained on, to look at as the training goes
 _POOL = 4  # times what is wanted is read of the user's data, and what is wanted drawn from that
 
@@ -82,9 +83,10 @@ def train(
 
 def check_trainable(checkpoint: Checkpoint, recipe: str) -> None:
     """Raises BadOption where the recipe puts nothing on a low-bit grid, Unsupported where rows are not whole blocks."""
-    if not recipes.get(recipe).trained(checkpoint):
-        hint = f"lowbit pack --recipe {recipe} makes the file"
-        raise BadOption("this recipe has no low-bit weights to train", found=recipe, hint=hint)
+    for each in recipes.several(recipe):
+        if not each.trained(checkpoint):
+            hint = f"lowbit pack --recipe {each.name} makes the file"
+            raise BadOption("this recipe has no low-bit weights to train", found=each.name, hint=hint)
 
 
 def check_free(out: Path, work: Path, source: Path) -> None:
@@ -122,6 +124,7 @@ class Run:
         self.budget = options.minutes * 60
         self.length = options.sequence_length
         self.saved_like = checkpoint
+        self.recipes = recipes.several(options.recipe)
 
     def left(self, start: float) -> float:
         """Seconds of the budget left, ``start`` being when the stage now running began."""
@@ -248,6 +251,8 @@ class Run:
             start = time.monotonic()
             with self.ledger.stage("calibrate", start):
                 found = self._calibrated(start) if self.options.start == "calibrated" else {}
+                if self.options.activations == "static":
+                    found |= self._ranges()
                 save_tensors(found, path)
         (self.work / "calibration.safetensors").unlink(missing_ok=True)
         self.ask_reference()
@@ -262,8 +267,11 @@ class Run:
             kind, _, tensor = name.partition(":")
             if kind == "weight":
                 self.model.get_parameter(tensor).copy_(values)
-        starts = frames.from_tensors(found, self.device)
+        starts = [frames.from_tensors(found, self.device, which) for which in range(len(self.recipes))]
         prepare(self.model, self.options.recipe, frames=starts, train=self.options.train)
+        ranges = {name.partition(":")[2]: values for name, values in found.items() if name.startswith("range:")}
+        if ranges:
+            static_ranges.attach(self.model, self._rounded_modules(), ranges)
         if not (self.work / "start" / MANIFEST).exists():
             save(self.model, self.work / "start", like=self.checkpoint)
 
@@ -290,8 +298,8 @@ class Run:
 
     def _calibrated(self, start: float) -> dict[str, torch.Tensor]:
         """{"weight:NAME": float32} and the parts of its frame ("scales:NAME", ...) for every matrix that is trained."""
-        grids = assignment(self.model, self.options.recipe)
-        names = recipes.get(self.options.recipe).trained(self.checkpoint)
+        grids = [assignment(self.model, recipe) for recipe in self.recipes]
+        names = self._trained()
         moments, facts = self.work / "calibration.safetensors", self.ledger.facts
         by_clock = self.options.steps is None
         if not moments.exists():
@@ -311,17 +319,34 @@ class Run:
             return not by_clock or time.monotonic() - begin < done * seconds + _ROUNDING_SLACK * seconds
 
         with console.progress("Calibrated rounding", len(names)) as bar:
-            each = rounded(self.model, {name: grids[name] for name in names}, moments, torch.get_num_threads(), in_time)
-            for done, (name, weight, frame) in enumerate(each, 1):
-                found |= frames.to_tensors(frame, name) | {f"weight:{name}": weight.cpu().contiguous()}
+            wanted = {name: tuple(of[name] for of in grids) for name in names}
+            each = rounded(self.model, wanted, moments, torch.get_num_threads(), in_time)
+            for done, (name, weight, starts) in enumerate(each, 1):
+                found[f"weight:{name}"] = weight.cpu().contiguous()
+                for which, frame in enumerate(starts):
+                    found |= {} if frame is None else frames.to_tensors(frame, name, which)
                 bar.update(done)
                 self.ledger.tick()
         return found
 
     def chosen(self) -> list[torch.nn.Parameter]:
         """Marks what is trained, and gives it."""
-        names = recipes.get(self.options.recipe).trained(self.checkpoint)
-        return choose_parameters(self.model, self.options.train, names)
+        return choose_parameters(self.model, self.options.train, self._trained())
+
+    def _trained(self) -> tuple[str, ...]:
+        """The tensors that any of the recipes trains."""
+        return tuple(dict.fromkeys(name for recipe in self.recipes for name in recipe.trained(self.checkpoint)))
+
+    def _ranges(self) -> dict[str, torch.Tensor]:
+        """{"range:NAME": float32} for every activation that is rounded: seen on some of what is trained on."""
+        rows = self.sequences[: min(_RANGE_SEQUENCES, len(self.sequences) - _held_out(len(self.sequences)))]
+        found = static_ranges.calibrate(self.model, self._rounded_modules(), rows, self.dtype)
+        return {f"range:{name}": values for name, values in found.items()}
+
+    def _rounded_modules(self) -> tuple[str, ...]:
+        """The linear layers whose weights the recipe rounds."""
+        grids = assignment(self.model, self.recipes[0])
+        return tuple(name.removesuffix(".weight") for name, grid in grids.items() if grid.bits_per_weight <= 8)
 
     def distil(self) -> None:
         """End-to-end distillation for what is left of the budget, and the checkpoint."""
@@ -376,14 +401,22 @@ def _save_array(path: Path, values: np.ndarray) -> None:
 
 def choose_parameters(model: Any, train: str, names: tuple[str, ...]) -> list[torch.nn.Parameter]:
     """Marks what is trained of a prepared model, and gives it: the low-bit matrices ``names`` and the norms ("full"),
-    the scales and minimums alone ("scales"), or all of these ("both").
+    the scales and minimums alone ("scales"), or weights, norms and scales ("both"); always the scales of static
+    activations.
     """
     low_bit = {f"{path}.parametrizations.{kind}" for path, _, kind in (name.rpartition(".") for name in names)}
+
+    def is_low_bit(inside: str) -> bool:
+        path, _, rest = inside.partition(".parametrizations.")
+        return f"{path}.parametrizations.{rest.partition('.')[0]}" in low_bit
+
     chosen = []
     for name, parameter in model.named_parameters():
         inside, _, last = name.rpartition(".")
-        if last in ("scales", "mins"):
-            wanted = train in ("scales", "both") and inside.removesuffix(".0") in low_bit
+        if last == static_ranges.PARAMETER:
+            wanted = True
+        elif last in ("scales", "mins"):
+            wanted = is_low_bit(inside) and train in (("scales", "both") if last == "scales" else ("scales",))
         elif last.startswith("original"):
             wanted = train in ("full", "both") and inside in low_bit
         else:

@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 from lowbit.compensate import DAMPING, SWEEPS, can_compensate, compensate, moments_of
 from lowbit.grid.base import Blocks, Grid
 from lowbit.threads import in_order
-from lowbit.train import calibrate, frame_search, frames
+from lowbit.train import frame_search, frames
 from lowbit.train.moments import EMBEDDING
 
 _ROWS = 1024  # of a matrix rounded together: enough for numpy, and a few MB of candidates
@@ -33,11 +33,13 @@ _INSIDE = 0.49
 
 
 def rounded(
-    model: Any, grids: Mapping[str, Grid], moments: Path, threads: int, in_time: Callable[[float], bool]
-) -> Iterator[tuple[str, torch.Tensor, Blocks]]:
-    """(name, weights, frame) of every matrix in ``grids``, in their order.
+    model: Any, grids: Mapping[str, tuple[Grid, ...]], moments: Path, threads: int, in_time: Callable[[float], bool]
+) -> Iterator[tuple[str, torch.Tensor, tuple[Blocks | None, ...]]]:
+    """(name, weights, frames) of every matrix in ``grids``, in their order.
 
-    moments: the file of ``importance``; an embedding, and what the file lacks, has its frame searched and no more.
+    grids: that of each recipe. Weights that serve several stay as they are, as what is moved to fit one grid is in the
+    way of another; each has its own frame searched, or None where it is not trainable. moments: the file of
+    ``importance``; an embedding, and what the file lacks, has its frame searched and no more.
     weights: (rows, n) float32 whose nearest codes on the frame are those chosen.
     threads: matrices at work at a time. in_time: asked before each matrix, with the part of all weights in those before
     it; where it says no the matrix goes without the sweeps, which take two thirds of the time.
@@ -48,19 +50,26 @@ def rounded(
         total = sum(sizes.values())
         begun = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
 
-        def job(name: str) -> tuple[str, torch.Tensor, Blocks]:
-            weight, grid = model.get_parameter(name).detach().float().cpu(), grids[name]
+        def importance(name: str, n: int) -> torch.Tensor:
             if name == EMBEDDING:  # what is looked up is no product: each column counts by its gradient
-                return name, weight, frame_search.search(weight, stored.get_tensor(f"{name}.gradients"), grid)
+                return stored.get_tensor(f"{name}.gradients")
             if f"{name}.inputs" not in known:
-                return name, weight, frame_search.search(weight, torch.ones(weight.shape[-1]), grid)
+                return torch.ones(n)
+            return stored.get_tensor(f"{name}.inputs").diagonal().contiguous()
+
+        def job(name: str) -> tuple[str, torch.Tensor, tuple[Blocks | None, ...]]:
+            weight, (grid, *others) = model.get_parameter(name).detach().float().cpu(), grids[name]
+            is_product = name != EMBEDDING and f"{name}.inputs" in known
+            if others or not is_product or not (is_blockwise(grid) or frame_search.can_compensate(grid)):
+                counts = importance(name, weight.shape[-1])
+                each = (frame_search.search(weight, counts, g) if g.is_trainable else None for g in (grid, *others))
+                return name, weight, tuple(each)
             second = stored.get_tensor(f"{name}.inputs")
             if is_blockwise(grid):
-                return name, *_blockwise(weight, second, grid, SWEEPS if in_time(begun[name] / total) else 0)
-            frame = frame_search.search(weight, second.diagonal().contiguous(), grid)
-            if frame_search.can_compensate(grid):
-                weight = calibrate.compensate(weight, frame, second, grid, DAMPING)
-            return name, weight, frame
+                weight, frame = _blockwise(weight, second, grid, SWEEPS if in_time(begun[name] / total) else 0)
+            else:
+                frame, weight = frame_search.compensated(weight, second, grid, DAMPING)
+            return name, weight, (frame,)
 
         with threadpool_limits(1, "blas"):  # the matrices are what runs side by side
             yield from in_order((functools.partial(job, name) for name in grids), threads)
