@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from lowbit.batch.agreement import Pair, agreement, draw, normal
 
-SCHEMA = {"type": "object", "properties": {"sentiment": {"enum": ["good", "bad"]}, "topic": {"type": "string"}}}
+FIELDS = ("sentiment", "topic")
 ITEMS = [(number, f"row-{number}") for number in range(400)]
 
 
-def pair(ours: Any, reference: Any, schema: dict[str, Any] | None = SCHEMA) -> Pair:
+def pair(ours: Any, reference: Any, fields: tuple[str, ...] | None = FIELDS) -> Pair:
     ours, reference = (x if isinstance(x, str) else json.dumps(x) for x in (ours, reference))
-    return Pair(custom_id="a", question="?", ours=ours, reference=reference, schema=schema)
+    return Pair(custom_id="a", question="?", ours=ours, reference=reference, fields=fields)
 
 
 def judged(*pairs: Pair) -> Any:
@@ -82,9 +82,9 @@ json_values = st.recursive(
 
 @given(json_values, json_values, st.booleans())
 def test_whatever_two_models_say(ours: Any, reference: Any, is_text: bool) -> None:
-    found = judged(pair(ours, reference, None if is_text else SCHEMA))
+    found = judged(pair(ours, reference, None if is_text else FIELDS))
     assert 0 <= found.exact.low <= found.exact.value <= found.exact.high <= 1
     assert found.normalised.value >= found.exact.value or not is_text
     assert normal(normal(ours)) == normal(ours)
-    same = judged(pair(ours, ours, None if is_text else SCHEMA))
+    same = judged(pair(ours, ours, None if is_text else FIELDS))
     assert same.exact.value == same.normalised.value == 1 and not same.samples

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,25 @@ def test_what_answers_of_each_url_say() -> None:
     assert checking.said("/v1/completions", {"choices": [{"text": "b"}]}) == "b"
     output = [{"type": "message", "content": [{"type": "output_text", "text": "c"}]}]
     assert checking.said("/v1/responses", {"output": output}) == "c"
+
+
+def test_a_check_and_an_estimate_of_a_table(tmp_path: Path) -> None:
+    source, out = tmp_path / "in.csv", tmp_path / "out.jsonl"
+    source.write_text("text\n" + "".join(f"row {i}\n" for i in range(30)))
+    words = (source, "--template", "Is it good? {{ text }}")
+    with BatchServer() as server:
+        check = ("--check", 6, "--check-endpoint", server.url)
+        ran = jobs.lowbit("run", *words, "-o", out, "--endpoint", server.url, *check, "--json", "-")
+        assert ran.returncode == 0, ran.stderr
+        found = json.loads(ran.stdout)
+        assert found["agreement"]["checked"] == 6 and found["agreement"]["exact"]["value"] == 1
+        assert len(server.asked) == 36 and set(server.asked) == {f"Is it good? row {i}" for i in range(30)}
+        estimated = jobs.lowbit("estimate", *words, "--json", "-")
+        assert json.loads(estimated.stdout)["estimate"]["items"] == 30, estimated.stderr
+        piping = jobs.command("run", "-", "-o", tmp_path / "piped.jsonl", "--endpoint", server.url, *check)
+        line = json.dumps(jobs.request("a", "b"))
+        piped = subprocess.run(piping, input=line, capture_output=True, text=True, timeout=60)
+        assert piped.returncode == 0 and "Agreement with" in piped.stdout, piped.stderr
 
 
 # The estimate

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,13 +27,14 @@ _DEEPER = ("response_format", "tools", "tool_choice", "messages[", "input", "low
 
 
 @pytest.fixture(scope="module")
-def root() -> Iterator[str]:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """An endpoint in a thread, with a key, in front of a scripted model."""
     found: list[str] = []
     loop, ready, done = asyncio.new_event_loop(), threading.Event(), asyncio.Event()
 
     async def go() -> None:
-        options = ServeOptions(port=0, key=KEY, harness=HarnessOptions(seconds=10, tries=2))
+        files = tmp_path_factory.mktemp("files")
+        options = ServeOptions(port=0, key=KEY, harness=HarnessOptions(seconds=10, tries=2), files=files)
         async with served(Scripted("Hi."), options) as endpoint:
             found.append(endpoint.root)
             ready.set()
@@ -80,13 +82,19 @@ def test_the_description_is_true(described: Any, path: str, method: str, mode: G
     holds()
 
 
-def test_every_route_is_described() -> None:
+@pytest.mark.parametrize("with_files", [True, False])
+def test_every_route_is_described(tmp_path: Path, with_files: bool) -> None:
     from lowbit.harness import Harness, HttpUpstream
     from lowbit.serve.app import Limits, Service
+    from lowbit.serve.batch_worker import BatchWorker, Served
     from lowbit.serve.metrics import Metrics
+    from lowbit.serve.store import Store
 
-    upstream = HttpUpstream("http://127.0.0.1:1/v1")
-    app = Service(Harness(upstream), upstream, Metrics(), Limits()).app(hosts=(), key=None)
+    upstream, kept = HttpUpstream("http://127.0.0.1:1/v1"), dict[str, Any]()
+    if with_files:
+        store, options = Store(tmp_path), HarnessOptions()
+        kept = {"store": store, "worker": BatchWorker(store, lambda: Served(upstream, options, slots=1), options)}
+    app = Service(Harness(upstream), upstream, Metrics(), Limits(), **kept).app(hosts=(), key=None)
     routes = {(r.method.lower(), r.resource.canonical) for r in app.router.routes() if r.method != "HEAD"}
-    described = {(m, p) for p, methods in openapi.document(needs_key=False)["paths"].items() for m in methods}
-    assert routes == described
+    described = openapi.document(needs_key=False, files=with_files)["paths"]
+    assert routes == {(m, p) for p, methods in described.items() for m in methods}

@@ -21,7 +21,6 @@ import numpy as np
 from lowbit.measure import statistics
 from lowbit.measure.record import Figure
 
-_MOST_FIELDS = 64
 _LONGEST = 2000  # characters of an answer in a sample
 _ENDS = " \t\n\r.,;:!?\"'`*"
 
@@ -42,13 +41,14 @@ def draw(items: Iterable[tuple[T, str]], n: int, seed: int) -> list[T]:
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Two answers to one item. schema: the item's own JSON Schema, None for free text."""
+    """Two answers to one item. fields: of the JSON object that was asked for, none of one without names; None for free
+    text."""
 
     custom_id: str
     question: str
     ours: str
     reference: str
-    schema: dict[str, Any] | None = None
+    fields: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,12 +115,12 @@ def agreement(
     samples: list[Sample] = []
     fields: dict[str, list[bool]] = {}
     for pair in pairs:
-        ours, theirs = _value(pair.ours, pair.schema), _value(pair.reference, pair.schema)
+        ours, theirs = _value(pair.ours, pair.fields), _value(pair.reference, pair.fields)
         exact.append(_canonical(ours) == _canonical(theirs))
         same = normal(ours) == normal(theirs)
         normalised.append(same)
         differing = []
-        for name in _fields(pair.schema):
+        for name in pair.fields or ():
             agree = _field(ours, name) == _field(theirs, name)
             fields.setdefault(name, []).append(agree)
             if not agree:
@@ -152,9 +152,9 @@ def normal(value: Any) -> Any:
     return [normal(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _value(text: str, schema: dict[str, Any] | None) -> Any:
-    """The answer as JSON where a schema asked for that, else as text."""
-    if schema is not None:
+def _value(text: str, fields: tuple[str, ...] | None) -> Any:
+    """The answer as JSON where that was asked for, else as text."""
+    if fields is not None:
         try:
             return json.loads(text)
         except (ValueError, RecursionError):
@@ -164,11 +164,6 @@ def _value(text: str, schema: dict[str, Any] | None) -> Any:
 
 def _canonical(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
-
-
-def _fields(schema: dict[str, Any] | None) -> list[str]:
-    properties = schema.get("properties") if schema is not None else None
-    return list(properties)[:_MOST_FIELDS] if isinstance(properties, dict) else []
 
 
 _ABSENT = object()

@@ -26,6 +26,8 @@ from lowbit.harness import Fallback, Harness, HarnessError, HarnessOptions, Http
 
 _FACT = "check"  # what was checked last
 _SLOTS = 4
+_MOST_FIELDS = 64
+_LONGEST = 2000  # characters of a question that is kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,10 +109,10 @@ def found(job: Job) -> Agreement | None:
         if told.get("said") is None:
             failed += 1
             continue
-        item = _item(job, number)
-        ours = said(item.url, _ours(job, number))
-        pairs.append(Pair(custom_id=item.custom_id, question=question(item), ours=ours, reference=told["said"],
-                          schema=schema_of(item)))  # fmt: skip
+        ours = said(told["url"], _ours(job, number))
+        fields = None if told["fields"] is None else tuple(told["fields"])
+        pairs.append(Pair(custom_id=told["custom_id"], question=told["question"], ours=ours, reference=told["said"],
+                          fields=fields))  # fmt: skip
     return agreement(pairs, reference=fact["reference"], seed=fact["seed"], population=population, failed=failed)
 
 
@@ -138,8 +140,8 @@ def question(item: Item) -> str:
     return asked if isinstance(asked, str) else json.dumps(asked, ensure_ascii=False)
 
 
-def schema_of(item: Item) -> dict[str, Any] | None:
-    """The JSON Schema that an answer to it follows, None for free text."""
+def fields_of(item: Item) -> list[str] | None:
+    """Names of the object that an answer to it must be, by its schema; None for free text."""
     form = item.body.get("response_format")
     if item.url == "/v1/responses":
         text = item.body.get("text")
@@ -148,7 +150,8 @@ def schema_of(item: Item) -> dict[str, Any] | None:
         return None
     inner = form.get("json_schema")
     schema = inner.get("schema") if isinstance(inner, dict) else form.get("schema")
-    return schema if isinstance(schema, dict) else {}
+    properties = schema.get("properties") if isinstance(schema, dict) else None
+    return list(properties)[:_MOST_FIELDS] if isinstance(properties, dict) else []
 
 
 class _Endpoint(Engine):
@@ -225,7 +228,14 @@ async def _ask(engine: Engine, item: Item) -> dict[str, Any]:
         if error.status in (401, 402, 403, 429) or (isinstance(error, UpstreamFailed) and error.status >= 502):
             return {"stopped": error.message}
         return {"said": None, "failed": error.message[:300]}
-    return {"said": said(item.url, body), "usage": body.get("usage")}
+    return {
+        "said": said(item.url, body),
+        "custom_id": item.custom_id,
+        "url": item.url,
+        "question": question(item)[:_LONGEST],
+        "fields": fields_of(item),
+        "usage": body.get("usage"),
+    }
 
 
 def _key(options: CheckOptions) -> str:

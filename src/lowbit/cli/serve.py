@@ -33,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="the key is this file's one line")
     parser.add_argument("--cors-origin", metavar="ORIGIN", action="append", default=[],
                         help="web pages of this origin may ask (https://app.example; * is any)")  # fmt: skip
+    parser.add_argument("--files", type=Path, metavar="DIR", default=Path("lowbit-files"), help="of what is uploaded "
+                        "to /v1/files and done by /v1/batches (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--no-files", action="store_true", help="without /v1/files and /v1/batches")
     parser.add_argument("--log-bodies", action="store_true", help="show the bodies of requests on standard error")
     group = add_server(parser)
     group.add_argument("--no-ui", "--no-webui", action="store_true", help="without llama-server's web page at /")
@@ -61,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
         harness=harness_options(args),
         log_bodies=args.log_bodies,
         page=not args.no_ui,
+        files=None if args.no_files else args.files,
         origins=tuple(args.cors_origin),
         fallbacks=_fallbacks(args),
     )

@@ -9,16 +9,19 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowbit import console, verbs
 from lowbit.errors import BadOption, CannotWrite
-from lowbit.harness import Fallback, Harness, HarnessOptions, HttpUpstream
+from lowbit.harness import Fallback, Harness, HarnessError, HarnessOptions, HttpUpstream
 
 if TYPE_CHECKING:
     from lowbit.model_server import ModelOptions
+    from lowbit.serve.batch_worker import BatchWorker
     from lowbit.serve.metrics import Metrics
 
+_SLOTS = 4  # of a batch, at a server whose slots are not known
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -35,6 +38,8 @@ class ServeOptions:
     head_seconds:  for the head of a request to come in
     origins:       of web pages elsewhere that may ask, "https://app.example"; "*" is any
     page:          whether llama-server's own web page is passed on, where that server is started here
+    files:         the folder of /v1/files and /v1/batches, made with the first upload; None has neither
+    batch_slots:   requests of a batch at a time; None is all slots of a model that is served here, else 4
     """
 
     host: str = "127.0.0.1"
@@ -51,6 +56,8 @@ class ServeOptions:
     head_seconds: float = 20.0
     origins: tuple[str, ...] = ()
     page: bool = True
+    files: Path | None = Path("lowbit-files")
+    batch_slots: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -68,7 +75,8 @@ async def running(upstream_url: str, options: ServeOptions) -> AsyncIterator[str
     metrics = Metrics()
     upstream = HttpUpstream(upstream_url, key=options.upstream_key, model=options.model)
     harness = Harness(upstream, options.harness, fallbacks=options.fallbacks, on_answer=metrics.answer)
-    async with _listening(harness, upstream, metrics, options) as url:
+    batching = _Batching(slots=options.batch_slots or _SLOTS, model=options.model)
+    async with _listening(harness, upstream, metrics, options, batching) as url:
         yield url
 
 
@@ -86,7 +94,11 @@ async def running_model(
     upstream, server, special = model_server.prepared(path, settled, page=options.page)
     harness = Harness(upstream, options.harness, fallbacks=options.fallbacks, special=special, on_answer=metrics.answer)
     # Who asks before the model is loaded hears so (503), and a port that is taken is found out before the wait.
-    async with _listening(harness, upstream, metrics, options, page=options.page) as url:
+    batching = _Batching(
+        slots=options.batch_slots or settled.slots or _SLOTS, model=f"{path.name}, {path.stat().st_size} bytes",
+        special=tuple(special),
+    )  # fmt: skip
+    async with _listening(harness, upstream, metrics, options, batching, page=options.page) as url:
         console.log(f"Loading {path.name} with a context of {settled.context:,} for {settled.slots} slots ...")
         try:
             await server.start()
@@ -95,14 +107,27 @@ async def running_model(
             await server.close()
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Batching:
+    """slots: requests of a batch at a time. model: what a batch must go on with. special: spellings of the model's
+    control tokens."""
+
+    slots: int
+    model: str | None = None
+    special: tuple[str, ...] = ()
+
+
 @contextlib.asynccontextmanager
 async def _listening(
-    harness: Harness, upstream: HttpUpstream, metrics: Metrics, options: ServeOptions, *, page: bool = False
-) -> AsyncIterator[str]:
+    harness: Harness, upstream: HttpUpstream, metrics: Metrics, options: ServeOptions, batching: _Batching, *,
+    page: bool = False,
+) -> AsyncIterator[str]:  # fmt: skip
     from aiohttp import web
 
     from lowbit.serve import connections, guard
     from lowbit.serve.app import Limits, Service
+    from lowbit.serve.batch_worker import BatchWorker, Served
+    from lowbit.serve.store import Store
 
     local = guard.is_loopback(options.host)
     if not local and not options.key:
@@ -111,7 +136,14 @@ async def _listening(
             hint="Without --host only this machine is served",
         )  # fmt: skip
     limits = Limits(body_bytes=options.body_bytes, open_requests=options.open_requests, log_bodies=options.log_bodies)
-    service = Service(harness, upstream, metrics, limits, page=page)
+    store = worker = None
+    if options.files is not None:
+        store = Store(options.files)
+        worker = BatchWorker(
+            store, lambda: Served(upstream, options.harness, slots=batching.slots, special=batching.special,
+                                  model=batching.model, on_answer=metrics.answer), options.harness,
+        )  # fmt: skip
+    service = Service(harness, upstream, metrics, limits, page=page, store=store, worker=worker)
     app = service.app(hosts=_LOOPBACK if local else (), key=options.key, origins=options.origins)
     # handler_cancellation: who leaves before the answer frees the model's slot.
     runner = web.AppRunner(
@@ -134,15 +166,28 @@ async def _listening(
                 "cannot listen there", where=f"{options.host}:{options.port}", found=error.strerror,
                 hint="Another --port may be free; --port 0 takes one that is",
             ) from None  # fmt: skip
+        if worker is not None:
+            _go_on(worker)
         port = server.sockets[0].getsockname()[1]
         shown = f"[{options.host}]" if ":" in options.host else options.host
         yield f"http://{shown}:{port}/v1"
     finally:
         if server is not None:
             server.close()
+        if worker is not None and store is not None:
+            await asyncio.to_thread(worker.close)
+            store.close()
         await runner.cleanup()
         for fallback in options.fallbacks:
             await fallback.close()
+
+
+def _go_on(worker: BatchWorker) -> None:
+    """With the batches of an earlier process; where another has them, this one still answers everything else."""
+    try:
+        worker.start()
+    except HarnessError as error:
+        console.log(f"/v1/files and /v1/batches: {error.message}")
 
 
 def serve(

@@ -15,8 +15,12 @@ from aiohttp import web
 from lowbit.harness import BadRequest, Harness, HarnessError, HttpUpstream, text, urls
 from lowbit.harness.responses import Responses
 from lowbit.serve import connections, guard, openapi, sse
+from lowbit.serve.batch_worker import BatchWorker
+from lowbit.serve.batches import Batches
+from lowbit.serve.files import Files
 from lowbit.serve.metrics import Metrics
 from lowbit.serve.page import Page
+from lowbit.serve.store import Store
 
 log = logging.getLogger("lowbit.serve")
 
@@ -24,20 +28,29 @@ log = logging.getLogger("lowbit.serve")
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """body_bytes: of a request. open_requests: answered at a time, the rest get 429. body_seconds: for a body to come
-    in. log_bodies: whether bodies of requests are shown on standard error."""
+    in. log_bodies: whether bodies of requests are shown on standard error. file_bytes: of an upload; kept_bytes: of all
+    files together."""
 
     body_bytes: int = 32 << 20
     open_requests: int = 512
     body_seconds: float = 30.0
     log_bodies: bool = False
+    file_bytes: int = 200 << 20  # as OpenAI's batch
+    kept_bytes: int = 10 << 30
 
 
 class Service:
-    """What the routes share. page: whether the model's server has a web page of its own that is passed on."""
+    """What the routes share.
+
+    page:   whether the model's server has a web page of its own that is passed on
+    store, worker: of files and batches; without them the endpoint has neither
+    """
 
     def __init__(
-        self, harness: Harness, upstream: HttpUpstream, metrics: Metrics, limits: Limits, *, page: bool = False
-    ) -> None:
+        self, harness: Harness, upstream: HttpUpstream, metrics: Metrics, limits: Limits, *, page: bool = False,
+        store: Store | None = None, worker: BatchWorker | None = None,
+    ) -> None:  # fmt: skip
+        self._store, self._worker = store, worker
         self.harness, self.upstream, self.metrics, self.limits, self.page = harness, upstream, metrics, limits, page
         self._responses = Responses(harness)
 
@@ -54,9 +67,13 @@ class Service:
         app.router.add_delete("/v1/responses/{id}", self.delete_response)
         app.router.add_get("/v1/models", self.models)
         app.router.add_get("/v1/models/{model:.+}", self.model)
+        if self._store is not None and self._worker is not None:
+            limits = self.limits
+            Files(self._store, file_bytes=limits.file_bytes, kept_bytes=limits.kept_bytes).add_to(app)
+            Batches(self._store, self._worker, limits.body_seconds).add_to(app)
         app.router.add_get("/health", self.health)
         app.router.add_get("/metrics", self.show_metrics)
-        described = openapi.document(needs_key=key is not None)
+        described = openapi.document(needs_key=key is not None, files=self._store is not None)
 
         async def describe(request: web.Request) -> web.StreamResponse:
             return guard.json_response(described)

@@ -10,6 +10,7 @@ import lowbit
 from lowbit.harness import dialects
 from lowbit.harness.options import LAYERS
 from lowbit.harness.request import ROLES
+from lowbit.serve import openapi_files
 
 Json = dict[str, Any]
 _ERRORS = {
@@ -17,22 +18,24 @@ _ERRORS = {
     "401": "The API key is missing or wrong",
     "403": "This host name is not served here, or pages of this origin may not ask",
     "404": "There is no such thing",
+    "409": "It is not in a state for that",
     "408": "The body did not come in time",
     "413": "The body is too large",
-    "415": "The Content-Type is not application/json",
+    "415": "The Content-Type is another than it must be",
     "422": "No try gave a valid answer; lowbit says what was tried",
     "429": "Too many requests are open",
     "500": "A fault of lowbit's own",
     "502": "The model's server cannot be reached, or failed",
-    "503": "The model is not loaded yet",
+    "503": "The model is not loaded yet, or the folder of files cannot be used",
     "504": "The model's server took too long",
+    "507": "There is no room on the disk",
 }
 _ASKED = ("400", "401", "403", "404", "408", "413", "415", "422", "429", "500", "502", "503", "504")
 _READ = ("401", "403", "404", "429", "500", "502", "503", "504")
 
 
-def document(*, needs_key: bool) -> Json:
-    """The description. needs_key: whether requests need a bearer token."""
+def document(*, needs_key: bool, files: bool = True) -> Json:
+    """The description. needs_key: whether requests need a bearer token. files: whether there are files and batches."""
     found: Json = {
         "openapi": "3.1.0",
         "info": {
@@ -41,8 +44,11 @@ def document(*, needs_key: bool) -> Json:
             "description": "OpenAI's API in front of a model on this machine, made reliable: answers follow their "
             'schema or are an honest error; what was done is under "lowbit".',
         },
-        "paths": _PATHS,
-        "components": {"schemas": _SCHEMAS, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+        "paths": _PATHS | (openapi_files.paths(_ref, _answers) if files else {}),
+        "components": {
+            "schemas": _SCHEMAS | openapi_files.schemas(_ref),
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
     }
     return found | ({"security": [{"key": []}]} if needs_key else {})
 
