@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import subprocess
@@ -304,7 +305,7 @@ def test_sizes_are_bounded(upstream: BatchServer, tmp_path: Path) -> None:
         statuses = []
         async with TestClient(TestServer(app)) as client:
             for size in (1000, 1001, 900, 900, 500):
-                form = {"purpose": "batch", "file": b"x" * size}
+                form = {"purpose": "batch", "file": io.BytesIO(b"x" * size)}
                 async with client.post("/v1/files", data=form) as response:
                     statuses.append(response.status)
         return statuses
