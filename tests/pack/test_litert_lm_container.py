@@ -200,8 +200,10 @@ def test_it_is_measured_and_its_caches_are_as_planned(trained: Trained, packed: 
     with run.open_artifact(packed, threads=1) as model:
         assert isinstance(model, LiteRtLm)
         caches = sum(int(np.prod(d["shape"])) * 4 for d in model._cache_details.values())
-    planned = plan(trained[0], PlanOptions(runtime="litert-lm", context=CONTEXT))
+    planned = plan(trained[0], PlanOptions(runtime="litert-lm", context=CONTEXT, recipe="mobile"))
     assert planned.bytes_of("kv") == caches
+    stored = sum(entry.n_bytes for entry in LitertLmFile(packed).entries.values())
+    assert planned.bytes_of("weights") == stored
 
 
 def test_the_bytes_do_not_depend_on_threads_or_on_being_killed(trained: Trained, packed: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from lowbit.plan.runtimes.base import Runtime
 PREFILL = 128  # tokens computed at a time: the converter's prefill_lengths
 _BYTES = {"f32": 4, "f16": 2}
 _BITS = {"int8": 8, "int4": 4, "f32": 32}
+_PACKED = ("mobile", "mobile_mlp2", "mobile_w4", "mobile_w8")  # what `lowbit pack --to litert-lm` writes
 
 
 class LiteRtLm(Runtime):
@@ -38,8 +39,9 @@ class LiteRtLm(Runtime):
         if options.slots not in (None, 1):
             raise BadOption("LiteRT-LM runs one sequence at a time", found=f"{options.slots} slots", expected="1")
         recipe = options.recipe or "int8"
-        if recipe not in _BITS:
-            raise BadOption("the converter has no such weights", found=recipe, expected=", ".join(_BITS))
+        if recipe not in (*_BITS, *_PACKED):
+            expected = ", ".join((*_BITS, *_PACKED))
+            raise BadOption("the converter has no such weights", found=recipe, expected=expected)
         kv_type = _common.one_kv_type(self.name, self.kv_types, options)
         return {**_common.contexts(model, options, 1), "kv_type": kv_type, "recipe": recipe}
 
@@ -70,6 +72,9 @@ class LiteRtLm(Runtime):
 def _weights_row(model: PlanModel, recipe: str) -> Row:
     """Matrices in whole bytes or half ones with a float32 scale a row (dynamic_wi8_afp32), vectors in float32."""
     _common.owners(model)
+    if recipe in _PACKED:
+        why = "codes, and a scale in f32 for each row; mapped from the file"
+        return _common.weights_row(list(model.packed(recipe)), why, "formula")
     tensors = []
     for spec in model.specs:
         rows, wide = spec.n_rows, spec.shape[-1]
