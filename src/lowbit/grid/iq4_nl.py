@@ -54,6 +54,13 @@ class IQ4_NL(Grid):
         codes, scales = in_slices(_quantize, blocks.reshape(-1, self.block_size), _SLICE)
         return Blocks(codes=codes.reshape(blocks.shape), scales=scales.reshape(blocks.shape[:-1]))
 
+    def quantize_at_once(self, x: Array) -> Blocks:
+        """Without the search: as llama.cpp writes a cache of this type (quantize_row_iq4_nl_ref, no tries)."""
+        check_finite(x)
+        blocks = as_blocks(x, self.block_size)
+        codes, scales = in_slices(_at_once, blocks.reshape(-1, self.block_size), _SLICE)
+        return Blocks(codes=codes.reshape(blocks.shape), scales=scales.reshape(blocks.shape[:-1]))
+
     def dequantize(self, blocks: Blocks) -> Array:
         with np.errstate(invalid="ignore"):  # a scale that overflowed on the way is NaN, in the runtime too
             return as_rows(cast(blocks.codes, "float32") * cast(blocks.scales, "float32")[..., None])
@@ -75,6 +82,21 @@ def _quantize(xp: Array, x: Array) -> tuple[Array, Array]:
     scale = _search(xp, x)
     # The codes by the scale as found; only then is it rounded to float16.
     codes = _nearest(xp, x * xp.where(scale == 0, 0.0, 1.0 / scale)[:, None])
+    return cast(codes, "int8"), cast(scale, "float16")
+
+
+def _at_once(xp: Array, x: Array) -> tuple[Array, Array]:
+    """(n, 32) float32 -> codes (n, 32) int8, scales (n) float16: the extreme weight on -127, the scale refitted."""
+    extreme = first_extreme(x)  # (n)
+    is_zero = abs(extreme) < _EPSILON
+    extreme = xp.where(is_zero, 1.0, extreme)
+    codes = _nearest(xp, x * (1.0 / (extreme / xp.full_like(extreme, -127.0)))[:, None])
+    weighted = (x * x) * codes
+    by_weight, squares = weighted * x, weighted * codes
+    sum_x = sum_in_order(xp, xp.stack([by_weight[:, i] for i in range(32)]))
+    sum_2 = sum_in_order(xp, xp.stack([squares[:, i] for i in range(32)]))
+    scale = xp.where(sum_2 > 0, sum_x / sum_2, 0.0)
+    scale[is_zero] = 0.0
     return cast(codes, "int8"), cast(scale, "float16")
 
 
