@@ -73,8 +73,9 @@ def check_bytes(path: Path, kv_type: str, head_dims: Callable[[int], int]) -> li
     return exact
 
 
-@pytest.mark.parametrize("kv_type", TYPES)
-@pytest.mark.parametrize("head_dim", [32, 64, 192])
+@pytest.mark.parametrize(
+    ("kv_type", "head_dim"), [*((name, 64) for name in TYPES), ("q4_0", 32), ("q4_0", 192), ("q8_0:q5_1", 192)]
+)
 def test_the_same_bytes_as_llama_cpps_cache(tiny_llama: Callable[..., Path], kv_type: str, head_dim: int) -> None:
     """Zero differing bytes, in every layer, turned (whole 64s) or not."""
     exact = check_bytes(packed(silent(tiny_llama(head_dim=head_dim))), kv_type, lambda _: head_dim)
@@ -93,3 +94,70 @@ def test_the_same_bytes_in_gemma_4(tiny_gemma4: Callable[..., Path], layout: str
     folder = silent(tiny_gemma4(layout, head_dim=64, global_head_dim=128))
     n_global = {"E2B": 1, "31B": 1}[layout]
     check_bytes(packed(folder), "q4_0", lambda i: 128 if i < n_global else 64)
+
+
+@pytest.mark.parametrize("kv_type", ["q4_0", "q8_0:q4_0"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "E2B", "31B", "26B-A4B"])
+def test_attention_is_llama_cpps(request: pytest.FixtureRequest, family: str, kv_type: str) -> None:
+    """The whole model against llama.cpp with that cache: what is left is its rounding of queries to Q8_0 and sums in
+    another order, which move keys near the middle between two codes. It is a small part of what the cache does."""
+    folder = of_family(request, family)
+    path = packed(folder)
+    with open_checkpoint(folder) as checkpoint, torch.no_grad():
+        model = load(checkpoint)
+        quantizer = kv_quant.quantizer_of(checkpoint, kv_type)
+        tokens = torch.from_numpy(TOKENS.astype(np.int64))[None]
+        plain = log_softmax(model(tokens).logits[0])
+        with kv_quant.simulated(model, quantizer):
+            simulated = log_softmax(model(tokens).logits[0])
+        again = log_softmax(model(tokens).logits[0])
+    with LlamaCpp(path, context=256, threads=1, kv_type=kv_type, flash_attention=True) as runtime:
+        real = log_softmax(torch.from_numpy(np.concatenate([rows for _, rows in runtime.logits(TOKENS)])))
+    assert torch.equal(plain, again)
+    done, missed = divergence(plain, real), divergence(simulated, real)
+    most = 0.5 if family == "26B-A4B" else 0.25  # its tokens may be sent to other experts
+    assert done > 1e-4 and missed < most * done, (done, missed)
+
+
+def of_family(request: pytest.FixtureRequest, family: str) -> Path:
+    if family in ("llama", "qwen3"):
+        return request.getfixturevalue(f"tiny_{family}")(head_dim=64)
+    if family == "gemma3":
+        return request.getfixturevalue("tiny_gemma3")(head_dim=64, query_pre_attn_scalar=64)
+    return request.getfixturevalue("tiny_gemma4")(family, head_dim=64, global_head_dim=128)
+
+
+def log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    return torch.log_softmax(logits.double(), -1)
+
+
+def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def test_the_gradient_goes_straight_through(tiny_llama: Callable[..., Path]) -> None:
+    with open_checkpoint(tiny_llama(head_dim=64)) as checkpoint:
+        quantizer = kv_quant.quantizer_of(checkpoint, "q4_0")
+    assert quantizer.interleaved
+    for rounding in (quantizer.keys, quantizer.values):
+        x = torch.randn(2, 2, 5, 64, requires_grad=True)
+        weight = torch.randn(2, 2, 5, 64)
+        found = rounding(x)
+        (found * weight).sum().backward()
+        assert torch.equal(x.grad, weight)  # type: ignore[arg-type]
+        error = (found - x).detach()
+        assert 0 < float(error.square().mean() / x.detach().square().mean()) < 0.02
+    half = kv_quant.KvQuantizer(types=quantizer.types, interleaved=True, share=0.5)
+    x = torch.randn(4, 2, 5, 64)
+    assert torch.equal(half.keys(x)[2:], x[2:]) and torch.equal(half.keys(x)[:2], quantizer.keys(x)[:2])
+
+
+def test_what_cannot_be_is_refused(tiny_llama: Callable[..., Path], tiny_qwen3: Callable[..., Path]) -> None:
+    with open_checkpoint(tiny_llama(head_dim=16)) as checkpoint:
+        with pytest.raises(Unsupported, match="whole blocks"):
+            kv_quant.quantizer_of(checkpoint, "f16:q4_0")
+        with pytest.raises(BadOption, match="unknown KV cache type"):
+            kv_quant.quantizer_of(checkpoint, "q3_0")
+        assert kv_quant.quantizer_of(checkpoint, "f16") is not None
+    with open_checkpoint(tiny_qwen3()) as checkpoint:
+        assert not kv_quant.quantizer_of(checkpoint, "q8_0").interleaved

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -34,32 +35,31 @@ class KvQuantizer:
     """Rounds keys and values (..., head_dim) as the cache of these types does.
 
     interleaved: whether llama.cpp keeps a head's two halves interleaved (its llama; others keep them as they are)
+    share: of the rows of a batch, the first ones, that are rounded; the rest stay as they are
     """
 
     types: KvTypes
     interleaved: bool
+    share: float = 1.0
 
     def keys(self, key: torch.Tensor) -> torch.Tensor:
-        """What attention reads back of ``key``, the rotary embedding being in it: same shape, float32."""
+        """What attention reads back of ``key`` (rows, kv_heads, n, head_dim), the rotary embedding being in it."""
         if not self.interleaved:
-            return _Through.apply(key, self.types.k, _hadamard.width_of_keys(key.shape[-1]))
+            return self._rounded(key, self.types.k, _hadamard.width_of_keys(key.shape[-1]))
         half = key.shape[-1] // 2
         pairs = key.unflatten(-1, (2, half)).transpose(-1, -2).flatten(-2)
-        rounded = _Through.apply(pairs, self.types.k, _hadamard.width_of_keys(key.shape[-1]))
+        rounded = self._rounded(pairs, self.types.k, _hadamard.width_of_keys(key.shape[-1]))
         return rounded.unflatten(-1, (half, 2)).transpose(-1, -2).flatten(-2)
 
     def values(self, value: torch.Tensor) -> torch.Tensor:
-        return _Through.apply(value, self.types.v, _hadamard.width_of_values(value.shape[-1]))
+        """The same of values."""
+        return self._rounded(value, self.types.v, _hadamard.width_of_values(value.shape[-1]))
 
-    def check(self, head_dim: int) -> None:
-        """Raises Unsupported where heads are not whole blocks, as llama.cpp does."""
-        for name in (self.types.k, self.types.v):
-            block = grids.get(name).block_size
-            if head_dim % block:
-                raise Unsupported(
-                    f"heads are not whole blocks of a {name} cache", found=f"{head_dim} values a head",
-                    expected=f"a multiple of {block}", hint="--kv f16",
-                )  # fmt: skip
+    def _rounded(self, x: torch.Tensor, name: str, width: int | None) -> torch.Tensor:
+        rows = math.ceil(self.share * len(x))
+        if rows == len(x):
+            return _through(x, name, width)
+        return torch.cat([_through(x[:rows], name, width), x[rows:]])
 
 
 def cached(x: torch.Tensor, name: str, width: int | None) -> torch.Tensor:
@@ -89,10 +89,24 @@ class _Through(torch.autograd.Function):
         return gradients[0], None, None
 
 
-def quantizer_of(checkpoint: Checkpoint, kv: str) -> KvQuantizer:
-    """For a model of this checkpoint. ``kv``: TYPE or K:V. Raises BadOption, Unsupported."""
+def _through(x: torch.Tensor, name: str, width: int | None) -> torch.Tensor:
+    return _Through.apply(x, name, width)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def quantizer_of(checkpoint: Checkpoint, kv: str, share: float = 1.0) -> KvQuantizer:
+    """For a model of this checkpoint. ``kv``: TYPE or K:V. Raises BadOption, and Unsupported where a cache cannot be of
+    such a type, as llama.cpp does."""
+    types = parse(kv)
     interleaved = any(spec.heads for spec in checkpoint.specs.values())
-    return KvQuantizer(types=parse(kv), interleaved=interleaved)
+    for layer in checkpoint.family.cache(checkpoint.config):
+        for name, head_dim in ((types.k, layer.k_dim), (types.v, layer.v_dim)):
+            block = grids.get(name).block_size
+            if head_dim % block:
+                raise Unsupported(
+                    f"heads are not whole blocks of a {name} cache", where=checkpoint.path,
+                    found=f"{head_dim} values a head", expected=f"a multiple of {block}", hint="--kv f16",
+                )  # fmt: skip
+    return KvQuantizer(types=types, interleaved=interleaved, share=share)
 
 
 @contextlib.contextmanager
