@@ -30,6 +30,7 @@ from lowbit.checkpoint import Checkpoint, open_checkpoint
 from lowbit.errors import BadFile, BadOption
 from lowbit.inspect import inspect
 from lowbit.measure import MeasureOptions, measure
+from lowbit.measure.kv import KvOptions
 from lowbit.measure.record import machine
 from lowbit.measure.text import check_text, chunks_of, read_text
 from lowbit.pack import certificate, containers, pack
@@ -73,7 +74,7 @@ def ship(
     if options.data is not None and Path(options.data).exists() and held_out.samefile(options.data):
         raise BadOption("--text is held out, and --data is trained on", where=text, hint="Give two different texts")
     with open_checkpoint(model) as checkpoint:
-        check_trainable(checkpoint, options.recipe)
+        check_trainable(checkpoint, options.recipe, options.kv)
         if not containers.choose("gguf", None).holds(recipes.get(options.recipe).weights):
             hint = f"lowbit train --recipe {options.recipe}, then lowbit pack and lowbit measure"
             raise BadOption("ship measures in llama.cpp, and GGUF lacks this format", found=options.recipe, hint=hint)
@@ -190,9 +191,12 @@ class _Run:
     def measure(self, text: Path, speed: bool, chunks: int | None) -> None:
         """Every artifact in llama.cpp against the reference, on text that training never saw."""
         artifacts = [path for path in self._ggufs()[1:] if path.exists()]
-        key = hashlib.sha256(f"{files.sha256(text)} {speed} {chunks} {self.options.threads}".encode()).hexdigest()[:16]
+        # A cache that was trained for is measured beside f16, on what a chunk takes, which the text surely has.
+        kv = self.options.kv and KvOptions(types=(self.options.kv,), contexts=(MeasureOptions().chunk,))
+        asked = f"{files.sha256(text)} {speed} {chunks} {self.options.threads}{f' {kv}' if kv else ''}"
+        key = hashlib.sha256(asked.encode()).hexdigest()[:16]
         path = self.work / f"measure-{key}.json"
-        options = MeasureOptions(speed=speed, memory=speed, chunks=chunks, threads=self.options.threads)
+        options = MeasureOptions(speed=speed, memory=speed, chunks=chunks, threads=self.options.threads, kv=kv or None)
         self._stage(
             "measure", path, lambda: measure(artifacts, against=self.reference, text=text, json=path, options=options)
         )

@@ -9,7 +9,7 @@ NAMES = ("minutes", "steps", "recipe", "data", "seed", "threads", "start", "trai
 # Left to TrainOptions where they are not given, so that a default is written once and --help needs no torch.
 FINER = (
     "targets", "learning_rate", "scale_rate", "warmup_steps", "batch_size", "accumulate", "sequence_length", "clip",
-    "precision",
+    "precision", "kv", "kv_share",
 )  # fmt: skip
 
 
@@ -91,10 +91,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what distillation moves: every weight (default), the scales only, or both",
     )
     group.add_argument(
+        "--kv",
+        metavar="TYPE",
+        help="train for a quantized KV cache of llama.cpp: q4_0, q8_0, ..., or K:V (default: no rounding)",
+    )
+    group.add_argument(
         "--activations",
-        choices=("float", "static"),
+        choices=("float", "static", "runtime"),
         default="float",
-        help="static: int8 activations and cache on trained scales, as phones run the mobile recipes (default: float)",
+        help="static: int8 activations and cache on trained scales, as phones run the mobile recipes; runtime: rounded "
+        "before products, as llama.cpp does (default: float)",
     )
     finer = parser.add_argument_group("training, finer", "the defaults suit a model of some hundred million weights")
     finer.add_argument("--targets", metavar="T", help="hidden (exact probabilities, the default) or topk:K")
@@ -115,6 +121,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     finer.add_argument("--accumulate", type=positive, metavar="N", help="forward passes an optimizer step (default: 1)")
     finer.add_argument("--sequence-length", type=positive, metavar="N", help="tokens a sequence (default: 512)")
     finer.add_argument("--clip", type=positive_number, metavar="X", help="largest gradient norm (default: 1)")
+    finer.add_argument(
+        "--kv-share",
+        type=positive_number,
+        metavar="X",
+        help="with --kv, the part of a batch's sequences that is read through that cache (default: 1)",
+    )
     finer.add_argument("--precision", choices=("auto", "float32", "bfloat16"), help="of the products (default: auto)")
 
 

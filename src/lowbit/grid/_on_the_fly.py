@@ -7,11 +7,9 @@ of ggml-cpu (arch/x86/quants.c, repack.cpp; other processors' kernels may differ
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from lowbit.errors import BadOption
 from lowbit.grid import iq4_nl, q8_0
-from lowbit.grid._array import as_blocks, as_rows, cast, extremes, first_extreme
+from lowbit.grid._array import as_blocks, as_rows, cast, extremes, first_extreme, plain, round_to
 from lowbit.grid._search import nearest_int
 from lowbit.grid.base import Array, Blocks, Grid, namespace
 
@@ -60,7 +58,7 @@ def activations(kind: str, x: Array) -> Array:
     Q8_1 is Q8_0 and the sum of its values. Raises Unsupported where rows are not whole blocks, BadFile on NaN or Inf.
     """
     if kind in ("f16", "bf16"):
-        return cast(cast(x, "float16" if kind == "f16" else "bfloat16"), "float32")
+        return cast(round_to(plain(x), kind.upper()), "float32")
     if kind == _Q8_K:
         return _super_blocks(x)
     return q8_0.GRID.dequantize(eight_bit(x))
@@ -78,9 +76,3 @@ def _super_blocks(x: Array) -> Array:
     xp.clip(codes, None, 127.0, out=codes)
     codes *= xp.where(zero, 0.0, 1.0 / inverse)[..., None]
     return as_rows(codes)
-
-
-def rounding_of(weight: Grid) -> Callable[[Array], Array] | None:
-    """What happens to activations before a product with weights on this grid; None where nothing does."""
-    kind = ACTIVATIONS.get(weight.name)
-    return None if kind is None else lambda x: activations(kind, x)

@@ -3,7 +3,7 @@
 llama.cpp rounds keys after their rotary embedding and values as they are, heads one after the other, in blocks along
 the head. Where heads are whole 64s it first turns both (grid/_hadamard.py), turns queries likewise, and turns what
 attention gives back. Turning back the rounded keys and values instead is the same sum, and leaves attention as it is.
-The gradient goes straight through the rounding.
+The gradient goes straight through the rounding, and to a block's extremes as they set its step.
 
 ``simulated(model, kv, ...)`` is a context manager; within it the model's attention is that. Gemma 4's shared layers are
 given the keys and values of the layer that owns them, so they see the same rounded ones.
@@ -28,6 +28,9 @@ from lowbit.checkpoint import Checkpoint
 from lowbit.errors import Unsupported
 from lowbit.grid import _hadamard, _on_the_fly
 from lowbit.run._kv_types import UNQUANTIZED, KvTypes, parse
+
+_FROM_LEAST = ("q4_1", "q5_1")  # steps from a block's least value to its greatest; others from zero to the extreme
+_TINY = 1e-20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +67,24 @@ class KvQuantizer:
 
 def cached(x: torch.Tensor, name: str, width: int | None) -> torch.Tensor:
     """``x`` (..., n) as a cache of that type gives it back, turned back; float32. width: of the rotation, or None."""
+    return _turn(_turned_and_rounded(x, name, width)[1], name, width)
+
+
+def _turned_and_rounded(x: torch.Tensor, name: str, width: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is rounded, bit for bit as llama.cpp turns it, and what comes of it: both like ``x``, float32."""
+    turned = x.detach().float()
+    if width is not None and name not in UNQUANTIZED:
+        turned = _hadamard.rotate(turned, width)
     grid = grids.get(name)
+    return turned, grid.dequantize(_on_the_fly.cache_blocks(grid, turned))
+
+
+def _turn(x: torch.Tensor, name: str, width: int | None) -> torch.Tensor:
+    """Turns ``x`` float32, or a gradient, back: a product, for llama.cpp does neither, so there are no bits to keep."""
     if width is None or name in UNQUANTIZED:
-        return grid.dequantize(_on_the_fly.cache_blocks(grid, x.detach().float()))
-    rounded = grid.dequantize(_on_the_fly.cache_blocks(grid, _hadamard.rotate(x.detach().float(), width)))
-    # The product, not the sums: llama.cpp turns nothing back here, so there are no bits to keep.
+        return x
     with torch.autocast(x.device.type, enabled=False):
-        return (rounded.reshape(-1, width) @ _matrix(width, x.device)).view(x.shape)
+        return (x.reshape(-1, width) @ _matrix(width, x.device)).view(x.shape)
 
 
 @functools.cache
@@ -80,13 +94,49 @@ def _matrix(width: int, device: torch.device) -> torch.Tensor:
 
 
 class _Through(torch.autograd.Function):
+    """The gradient of each value as if it were not rounded, and what the range of its block does to the others.
+
+    A block's values are rounded on a step that its extremes set, and their errors grow with the step. The straight-
+    through estimator alone would not know: it would make queries smaller and keys larger, to no avail.
+    """
+
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, name: str, width: int | None) -> torch.Tensor:
-        return cached(x, name, width).to(x.dtype)
+        turned, rounded = _turned_and_rounded(x, name, width)
+        ctx.name, ctx.width = name, width
+        if ctx.needs_input_grad[0] and name not in UNQUANTIZED:
+            ctx.save_for_backward(turned, rounded)
+        return _turn(rounded, name, width).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return gradients[0], None, None
+        gradient = gradients[0]
+        if ctx.name in UNQUANTIZED:
+            return gradient, None, None
+        turned, rounded = ctx.saved_tensors
+        through = _turn(gradient.float().contiguous(), ctx.name, ctx.width)
+        through += _of_range(through, turned, rounded, ctx.name)
+        return _turn(through, ctx.name, ctx.width).to(gradient.dtype), None, None
+
+
+def _of_range(gradient: torch.Tensor, x: torch.Tensor, rounded: torch.Tensor, name: str) -> torch.Tensor:
+    """The gradient that reaches a block's extremes through its step: errors are in proportion to it.
+
+    d error / d log step = error, and the step is in proportion to the extreme, or to greatest - least (q4_1, q5_1).
+    """
+    shape = (*x.shape[:-1], -1, grids.get(name).block_size)
+    blocks = x.reshape(shape)
+    of_step = (gradient.reshape(shape) * (rounded.reshape(shape) - blocks)).sum(-1, keepdim=True)
+    found = torch.zeros_like(blocks)
+    if name in _FROM_LEAST:
+        (low, least), (high, greatest) = blocks.min(-1, keepdim=True), blocks.max(-1, keepdim=True)
+        of_step = of_step / (high - low).clamp_min(_TINY)
+        found.scatter_(-1, least, -of_step).scatter_(-1, greatest, of_step)
+    else:
+        at = blocks.abs().argmax(-1, keepdim=True)
+        extreme = blocks.gather(-1, at)
+        found.scatter_(-1, at, torch.where(extreme.abs() > _TINY, of_step / extreme, 0.0))
+    return found.view(x.shape)
 
 
 def _through(x: torch.Tensor, name: str, width: int | None) -> torch.Tensor:
@@ -133,7 +183,7 @@ def _registered(quantizer: KvQuantizer) -> str:
 
 
 def _attention_with(quantizer: KvQuantizer) -> Callable[..., tuple[torch.Tensor, None]]:
-    """transformers' attention interface; query (rows, heads, n, head_dim), key and value (rows, kv_heads, n, head_dim)."""
+    """transformers' attention interface: query (rows, heads, n, head_dim); key, value (rows, kv_heads, n, head_dim)."""
 
     def attention(
         module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **more: Any

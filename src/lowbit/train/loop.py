@@ -22,6 +22,7 @@ from lowbit import console
 from lowbit.files import write_json
 from lowbit.train import static_ranges
 from lowbit.train.fake_quant import chosen
+from lowbit.train.kv_quant import KvQuantizer, simulated
 from lowbit.train.loss import distillation_loss
 from lowbit.train.options import TrainOptions
 from lowbit.train.precision import autocast
@@ -107,9 +108,10 @@ class DistillationTrainer(Trainer):
         schedule: Schedule,
         folder: Path,
         held_out: int = 0,
+        kv: KvQuantizer | None = None,
     ) -> None:
         self.options, self.cache, self.dtype, self.schedule = options, cache, dtype, schedule
-        self.reference_head = reference_head
+        self.reference_head, self.kv = reference_head, kv
         seen = len(sequences) - held_out
         self._unseen = [(row, sequences[row]) for row in range(seen, len(sequences))]
         self._heads: dict[int, torch.Tensor] = {}  # by recipe
@@ -154,7 +156,7 @@ class DistillationTrainer(Trainer):
 
     def _divergence(self, model: Any, tokens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Mean KL(reference || student) over tokens (B, T), which are the cache's ``rows`` (B)."""
-        with autocast(tokens.device, self.dtype):
+        with autocast(tokens.device, self.dtype), simulated(self.model, self.kv):
             hidden = model.model(tokens, use_cache=False).last_hidden_state
         targets = self.cache.targets(rows, self.reference_head)
         return distillation_loss(hidden.flatten(0, 1).float(), self._student_head(model), targets)

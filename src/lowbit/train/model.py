@@ -55,13 +55,14 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         return transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
 
 
-def save(model: nn.Module, folder: str | Path, *, like: Checkpoint) -> Path:
+def save(model: nn.Module, folder: str | Path, *, like: Checkpoint, trained_for: dict[str, str] | None = None) -> Path:
     """Writes a prepared model as a checkpoint folder: its values, and the codes and scales they came from.
 
     like: the checkpoint that the model was loaded from; its config and tokenizer are carried over. ``lowbit pack`` then
     copies the codes and scales as they are. Scales of static activations lie beside them in activations.safetensors.
+    trained_for: what of the runtime was simulated, for lowbit.json to say.
     """
-    notes: dict[str, Any] = {}
+    notes: dict[str, Any] = {"trained_for": trained_for} if trained_for else {}
     scales = static_ranges.state(model)
     if scales:
         Path(folder).mkdir(parents=True, exist_ok=True)

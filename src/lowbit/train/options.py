@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from lowbit import recipe as recipes
 from lowbit.errors import BadOption
+from lowbit.run import _kv_types as kv_types
 
 STARTS = ("calibrated", "nearest")
 PARAMETERS = ("full", "scales", "both")
-ACTIVATIONS = ("float", "static")
+ACTIVATIONS = ("float", "static", "runtime")
 PRECISIONS = ("auto", "float32", "bfloat16")
 _CHOICES = {"start": STARTS, "train": PARAMETERS, "activations": ACTIVATIONS, "precision": PRECISIONS}
 # A sequence of one token has nothing to go on from.
@@ -34,6 +35,10 @@ class TrainOptions:
                      the bundled text where the budget is too short to sample enough
     targets:         "hidden" (the reference's final hidden states: exact probabilities) or "topk:K" (its K largest
                      probabilities and the mass of the rest)
+    kv:              types of the KV cache that the model is to work with in llama.cpp ("q4_0", or K:V): it is trained
+                     with keys and values rounded as that cache rounds them; None: unrounded
+    kv_share:        of the sequences of a forward pass, the part that is read with that cache; the rest, so that the
+                     model stays good with f16, without
     sequence_length: tokens a training sequence
     batch_size:      sequences a forward pass
     accumulate:      forward passes an optimizer step
@@ -55,6 +60,8 @@ class TrainOptions:
     activations: str = "float"
     data: str | None = None
     targets: str = "hidden"
+    kv: str | None = None
+    kv_share: float = 1.0
     sequence_length: int = 512
     batch_size: int = 2
     accumulate: int = 1
@@ -83,6 +90,10 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise BadOption(f"{name} must be a number above 0", found=value)
+        if self.kv is not None:
+            kv_types.parse(self.kv)
+        if not 0 < self.kv_share <= 1:
+            raise BadOption("kv_share must be above 0 and at most 1", found=self.kv_share)
         if self.targets != "hidden" and self.top_k is None:
             raise BadOption("unknown targets", found=self.targets, expected="hidden or topk:K, for example topk:64")
 
@@ -91,6 +102,12 @@ class TrainOptions:
         """K of targets="topk:K", or None."""
         name, _, count = self.targets.partition(":")
         return int(count) if name == "topk" and count.isdecimal() and int(count) > 0 else None
+
+    @property
+    def trained_for(self) -> dict[str, str]:
+        """What of the runtime is simulated, for the record."""
+        said = {"kv": str(kv_types.parse(self.kv))} if self.kv is not None else {}
+        return said | ({"activations": self.activations} if self.activations != "float" else {})
 
     @property
     def peak_learning_rate(self) -> float:

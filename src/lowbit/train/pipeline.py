@@ -20,8 +20,10 @@ from lowbit.checkpoint import Checkpoint, open_checkpoint
 from lowbit.checkpoint.model import MANIFEST
 from lowbit.errors import BadOption
 from lowbit.files import replacing
-from lowbit.train import data, frames, importance, precision, static_ranges
+from lowbit.train import data, frames, importance, kv_balance, precision, static_ranges
+from lowbit.train.activation_quant import round_activations
 from lowbit.train.fake_quant import assignment, prepare
+from lowbit.train.kv_quant import quantizer_of
 from lowbit.train.ledger import Ledger
 from lowbit.train.loop import DistillationTrainer, Schedule, distil, latest_checkpoint
 from lowbit.train.model import load, load_tokenizer, save
@@ -43,6 +45,7 @@ _FEWEST_SEQUENCES = 8
 _RANGE_SEQUENCES = 8
 _UNSEEN = 4  # sequences that are never trained on, to look at as the training goes
 _POOL = 4  # times what is wanted is read of the user's data, and what is wanted drawn from that
+_BALANCING_SEQUENCES = 2
 
 
 @dataclass(frozen=True)
@@ -69,20 +72,24 @@ def train(
     out = Path(out)
     work = Path(work) if work is not None else out.with_name(out.name + ".work")
     with open_checkpoint(model) as checkpoint:
-        check_trainable(checkpoint, options.recipe)
+        check_trainable(checkpoint, options.recipe, options.kv)
         check_free(out, work, checkpoint.path)
         ledger = Ledger.open(work / "ledger.json", run_key(checkpoint, options))
         run = Run(checkpoint, options, ledger, work, out)
         if not ledger.done("export"):
             run.load(start)
             run.gather()
+            run.balance()
             run.calibrate()
             run.distil()
         return TrainResult(out, work / "start", ledger.facts["record"])
 
 
-def check_trainable(checkpoint: Checkpoint, recipe: str) -> None:
-    """Raises BadOption where the recipe puts nothing on a low-bit grid, Unsupported where rows are not whole blocks."""
+def check_trainable(checkpoint: Checkpoint, recipe: str, kv: str | None = None) -> None:
+    """Raises BadOption where the recipe puts nothing on a low-bit grid, Unsupported where rows, or heads of a KV cache
+    of that type, are not whole blocks."""
+    if kv is not None:
+        quantizer_of(checkpoint, kv)
     for each in recipes.several(recipe):
         if not each.trained(checkpoint):
             hint = f"lowbit pack --recipe {each.name} makes the file"
@@ -125,6 +132,7 @@ class Run:
         self.length = options.sequence_length
         self.saved_like = checkpoint
         self.recipes = recipes.several(options.recipe)
+        self.kv = quantizer_of(checkpoint, options.kv, options.kv_share) if options.kv else None
 
     def left(self, start: float) -> float:
         """Seconds of the budget left, ``start`` being when the stage now running began."""
@@ -242,6 +250,19 @@ class Run:
         body = sum(p.numel() for p in self.model.parameters() if p.ndim == 2 and id(p) not in ends)
         return float(self.reference_head.numel() / max(1, body))
 
+    @torch.no_grad()
+    def balance(self) -> None:
+        """Keys and queries of sizes that a quantized cache suits, the model staying the same function."""
+        if self.kv is None or not self.kv.types.quantized:
+            return
+        path = self.work / "balanced.safetensors"
+        if not self.ledger.done("balance"):
+            with self.ledger.stage("balance"):
+                console.log("Balancing keys and queries")
+                save_tensors(kv_balance.balance(self.model, self.sequences[:_BALANCING_SEQUENCES], self.dtype), path)
+        for name, values in safetensors.torch.load_file(path).items():
+            self.model.get_parameter(name).copy_(values)
+
     def calibrate(self) -> None:
         """The start: scales, and weights that round to the start's codes; also written as a checkpoint of its own."""
         width, n = self.model.config.hidden_size, len(self.sequences)
@@ -272,6 +293,8 @@ class Run:
         ranges = {name.partition(":")[2]: values for name, values in found.items() if name.startswith("range:")}
         if ranges:
             static_ranges.attach(self.model, self._rounded_modules(), ranges)
+        if self.options.activations == "runtime":
+            round_activations(self.model)
         if not (self.work / "start" / MANIFEST).exists():
             save(self.model, self.work / "start", like=self.checkpoint)
 
@@ -369,6 +392,7 @@ class Run:
                     schedule=schedule,
                     folder=self.work / "trainer",
                     held_out=_held_out(len(self.sequences)),
+                    kv=self.kv,
                 )
 
             _, curve = distil(make, self.options, seconds, self.work / "trainer")
@@ -377,7 +401,7 @@ class Run:
             if not bool(torch.isfinite(parameter).all()):
                 hint = "Start again in another --out with a smaller --learning-rate"
                 raise BadOption("the training has diverged", where=self.out, found="NaN or Inf", hint=hint)
-        save(self.model, self.out, like=self.saved_like)
+        save(self.model, self.out, like=self.saved_like, trained_for=self.options.trained_for)
         self.ledger.stages["distil"] = distilled
         trained_on = len(self.sequences) - _held_out(len(self.sequences))
         self.ledger.facts["record"] = self.described(curve, distilled, trained_on)

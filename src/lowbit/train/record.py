@@ -31,6 +31,7 @@ def describe(
         "minutes": options.minutes,
         "precision": facts["dtype"],
         "learning_rate": options.peak_learning_rate,
+        "trained_for": options.trained_for,
         "phases": phases,
         "stages": dict(stages),
         "curve": curve,
