@@ -30,7 +30,8 @@ class TrainOptions:
     start:           "calibrated" (scale search, error compensation) or "nearest" (the format's plain rounding)
     train:           "full" (weights, and norms), "scales" (codes stay as the start left them) or "both" (weights and
                      norms, and scales where the format leaves them free)
-    activations:     "float", or "static": int8 on scales that are calibrated and then trained, keys and values too
+    activations:     "float", "static": int8 on scales that are calibrated and then trained, keys and values
+                     too; or "runtime": rounded before products with low-bit weights, as llama.cpp's kernels do
     data:            text file, JSONL, Parquet or datasets id; None: sampled from the model itself, filled up with
                      the bundled text where the budget is too short to sample enough
     targets:         "hidden" (the reference's final hidden states: exact probabilities) or "topk:K" (its K largest
@@ -91,7 +92,7 @@ class TrainOptions:
             if value is not None and not 0 < value < math.inf:
                 raise BadOption(f"{name} must be a number above 0", found=value)
         if self.kv is not None:
-            kv_types.parse(self.kv)
+            kv_types.parse(self.kv)  # raises BadOption
         if not 0 < self.kv_share <= 1:
             raise BadOption("kv_share must be above 0 and at most 1", found=self.kv_share)
         if self.targets != "hidden" and self.top_k is None:
