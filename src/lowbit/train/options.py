@@ -93,6 +93,8 @@ class TrainOptions:
                 raise BadOption(f"{name} must be a number above 0", found=value)
         if self.kv is not None:
             kv_types.parse(self.kv)  # raises BadOption
+            if self.activations == "static":
+                raise BadOption("static activations have a cache of their own", found=f"kv {self.kv}")
         if not 0 < self.kv_share <= 1:
             raise BadOption("kv_share must be above 0 and at most 1", found=self.kv_share)
         if self.targets != "hidden" and self.top_k is None:
