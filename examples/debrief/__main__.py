@@ -79,20 +79,25 @@ def debrief(thread: Thread, stage: Stage, model: str) -> debrief_page.Debrief:
     whole = stage.answers("whole", stages.whole(thread, noted, insights, against))
     terms = stages.terms(thread, noted)
     explained = stage.answers("glossary", stages.glossary(terms))
-    said = whole.get("summary") or {"summary": "The model gave no summary.", "mood": "The model did not say."}
+    said = dict(whole.get("summary") or {"summary": "", "mood": ""})
+    for name in ("summary", "mood"):
+        why = "the model gave none" if not said[name] else stages.unfit(said[name], thread.comments)
+        if why:
+            left.out(f"the {name} “{said[name][:60]}”", why)
+            said[name] = f"The model's {name} was left out: {why}."
     moods = Counter(note["mood"] for note in noted.values()).most_common(4)
     return debrief_page.Debrief(
         thread=thread,
         summary=said["summary"],
         mood=said["mood"],
         shares=[(name, round(100 * count / len(noted))) for name, count in moods],
-        insights=stages.chosen(insights, whole.get("choose")),
+        insights=stages.chosen(stages.quoted(thread, insights), whole.get("choose")),
         actions=actions[:8],
         against=against[:5],
         meanings=[
             (term, explained[f"term-{i}"]["meaning"], comment)
             for i, (term, comment) in enumerate(terms, 1)
-            if f"term-{i}" in explained
+            if f"term-{i}" in explained and stages.is_sentence(explained[f"term-{i}"]["meaning"])
         ],
         left=left,
         model=model,

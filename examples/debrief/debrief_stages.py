@@ -25,6 +25,9 @@ MOODS = ("calm", "curious", "amused", "enthusiastic", "worried", "annoyed")
 _GROUP = 12  # notes in a findings item
 _SHOWN = 1500  # characters of a comment
 _TERMS, _INSIGHTS = 10, 8
+_STEM, _LONGEST_WORD = 5, 40  # letters
+_QUOTE = 60  # characters of a quote at least, in whole sentences
+_LEAST = 3  # insights, before comments speak for themselves
 _WORD = re.compile(r"\w+", re.UNICODE)
 
 
@@ -141,10 +144,30 @@ def found(
             key = " ".join(_WORD.findall(text.casefold()))
             if not comments:
                 left.out(f"“{text[:60]}”", "it rests on no comment that is there")
+            elif why := unfit(text, comments):
+                left.out(f"“{text[:60]}”", why)
             elif key and key not in seen:
                 seen.add(key)
                 result.append(Finding(text, comments))
     return sorted(result, key=lambda finding: -finding.weight)
+
+
+def unfit(text: str, comments: Sequence[Comment]) -> str:
+    """Why a sentence of the model's cannot be about these comments, "" where it can. It takes little: a longer word in
+    common. What a tiny model makes up of digits, or of nothing, does not have that."""
+    if not is_sentence(text):
+        return "that is no sentence"
+    said = {word[:_STEM] for comment in comments for word in _long_words(comment.text)}
+    return "" if said & {word[:_STEM] for word in _long_words(text)} else "it has no word in common with what it names"
+
+
+def is_sentence(text: str) -> bool:
+    words = text.split()
+    return len(words) >= 3 and all(len(word) <= _LONGEST_WORD or "://" in word for word in words)
+
+
+def _long_words(text: str) -> list[str]:
+    return [word for word in _WORD.findall(text.casefold()) if len(word) >= _STEM and not word.isdigit()]
 
 
 # 3. The whole
@@ -177,6 +200,19 @@ def whole(
         numbers = {"enum": list(range(1, len(insights) + 1))}
         keep = {"type": "array", "minItems": 1, "maxItems": _INSIGHTS, "items": numbers}
         yield item("choose", _CHOOSE, f"Discussion: {thread.title}\n\n{listed}", {"keep": keep}, most=80)
+
+
+def quoted(thread: Thread, insights: Sequence[Finding]) -> list[Finding]:
+    """The insights; where the model found hardly any, also how the comments begin that were answered most."""
+    found = list(insights)
+    for comment in sorted(thread.comments, key=lambda c: -c.replies)[: max(0, _LEAST - len(found)) and _INSIGHTS]:
+        begin = ""
+        for sentence in re.split(r"(?<=[.!?])\s", comment.text):
+            begin = f"{begin} {sentence}".strip()
+            if len(begin) >= _QUOTE:
+                break
+        found.append(Finding(f"“{begin[:240]}”", (comment,)))
+    return found
 
 
 def chosen(insights: Sequence[Finding], answer: Json | None) -> list[Finding]:

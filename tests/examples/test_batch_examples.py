@@ -81,14 +81,20 @@ def good(body: Json) -> Json:
         return {"gist": "It says something.", "stance": "adds", "mood": "calm", "advice": "", "terms": terms}
     if asked.startswith("You are given notes"):
         first, *_, last = shown(body)
+        about, other = word(first), word(last)
         return {
-            "insights": [{"insight": f"Insight of {first} <b>&</b> {last}.", "comments": [first, last]}],
-            "actions": [{"action": f"Do what {first} says.", "comments": [first]}],
-            "against": [{"view": f"{last} objects.", "comments": [last]}],
+            "insights": [{"insight": f"It is about {about} <b>&</b> {other}.", "comments": [first, last]}],
+            "actions": [{"action": f"Do something about {about}.", "comments": [first]}],
+            "against": [{"view": f"Nothing about {other} is new.", "comments": [last]}],
         }
     if asked.startswith("You are given the findings"):
-        return {"summary": "A <script>alert(1)</script> summary.", "mood": "Calm throughout."}
-    return {"meaning": "What it means."}
+        return {"summary": "Classification in a <script>alert(1)</script> of two.", "mood": "A thread of calm people."}
+    return {"meaning": "What it really means."}
+
+
+def word(number: int) -> str:
+    """One of a comment's own."""
+    return next(w for w in re.findall(r"\b[a-z]{6,}\b", hn_thread.read(THREAD).comments[number - 1].text))
 
 
 # The thread
@@ -187,12 +193,27 @@ def test_an_invented_comment_that_comes_through_is_dropped_and_named() -> None:
     """As from a server whose answers nobody judged."""
     thread, left = hn_thread.read(THREAD), hn_thread.Left()
     answers = {"findings-1": {"insights": [
-        {"insight": "Half true.", "comments": [2, 777]}, {"insight": "Made up.", "comments": [777]},
-        {"insight": "half TRUE", "comments": [3]},
+        {"insight": "They keep both hashes.", "comments": [2, 777]},
+        {"insight": "Made up of nothing.", "comments": [777]},
+        {"insight": "they KEEP both hashes", "comments": [3]},
+        {"insight": "2023-03-22T12:22:14", "comments": [1]},
+        {"insight": "Umbrellas float gently upwards.", "comments": [1]},
     ]}}  # fmt: skip
     found = stages.found(thread, {"findings-1": [1, 2, 3]}, answers, "insights", "insight", left)
-    assert [(f.text, [c.number for c in f.comments]) for f in found] == [("Half true.", [2])]
-    assert any("777" in reason for reason in left.reasons) and any("Made up." in reason for reason in left.reasons)
+    assert [(f.text, [c.number for c in f.comments]) for f in found] == [("They keep both hashes.", [2])]
+    for said in ("777", "Made up of nothing.", "that is no sentence", "no word in common"):
+        assert any(said in reason for reason in left.reasons), said
+
+
+def test_where_the_model_finds_nothing_the_comments_speak() -> None:
+    thread = hn_thread.read(THREAD)
+    spoken = stages.quoted(thread, [])
+    assert len(spoken) == 8
+    for finding in spoken:
+        [comment] = finding.comments
+        assert finding.text.strip("“”")[:50] in " ".join(comment.text.split())
+    enough = [stages.Finding(f"finding {i}", ()) for i in range(3)]
+    assert stages.quoted(thread, enough) == enough
 
 
 def test_it_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
@@ -233,7 +254,7 @@ def test_a_tiny_model_makes_a_whole_debrief(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     page, ids = out.read_text(), {str(c.id) for c in hn_thread.read(source).comments}
     assert set(re.findall(r'href="#c(\d+)"', page)) <= ids and page.rstrip().endswith("</html>")
-    assert "The model gave no summary" not in page
+    assert re.search(r'href="#c', page)  # a comment speaks, where the model does not
 
 
 @pytest.mark.parametrize(
