@@ -24,13 +24,13 @@ from aiohttp import web
 
 class BatchServer:
     """A context manager. asked: the users' first messages, in order. most: of them under way at once. down: whether it
-    answers 503. busy: how many 429s are left to give."""
+    answers 503. bare: whether it has no /v1/models. busy: how many 429s are left to give."""
 
     def __init__(self, delay: float = 0.0, log: Path | None = None) -> None:
         self.asked: list[str] = []
         self.bodies: list[dict[str, Any]] = []
         self.now = self.most = self.busy = 0
-        self.delay, self.down, self._log = delay, False, log
+        self.delay, self.down, self.bare, self._log = delay, False, False, log
         self.url = ""
 
     # In a thread
@@ -69,8 +69,8 @@ class BatchServer:
     # What it says
 
     async def _models(self, request: web.Request) -> web.Response:
-        if self.down:
-            return web.json_response({"error": {"message": "Loading model"}}, status=503)
+        if self.down or self.bare:
+            return web.json_response({"error": {"message": "Loading model"}}, status=503 if self.down else 404)
         return web.json_response({"object": "list", "data": [{"id": "m", "object": "model"}]})
 
     async def _text(self, request: web.Request) -> web.Response:

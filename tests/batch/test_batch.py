@@ -95,7 +95,7 @@ def test_failures_are_in_out_and_apart(server: BatchServer, tmp_path: Path) -> N
 
 def test_a_server_that_is_busy_or_down_is_waited_for(server: BatchServer, tmp_path: Path) -> None:
     source, out = write(tmp_path / "in.jsonl", SAID[:8]), tmp_path / "out.jsonl"
-    server.busy = 5
+    server.busy, server.bare = 5, True
     batch.run(source, out, endpoint=server.url, options=BatchOptions(slots=2))
     assert contents(out) == expected(SAID[:8])
     server.down = True

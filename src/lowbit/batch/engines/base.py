@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 from lowbit.batch.items import Item
-from lowbit.harness import BadRequest, Harness, HarnessError, HarnessOptions, HttpUpstream, UpstreamFailed, text, urls
+from lowbit.harness import BadRequest, Harness, HarnessOptions, HttpUpstream, UpstreamFailed, text, urls
 from lowbit.harness.responses import Responses
 from lowbit.model_server import ModelOptions
 from lowbit.threads import available_cores
@@ -138,6 +138,6 @@ class Caller:
     async def ready(self) -> bool:
         try:
             await self.upstream.get("/models", seconds=10.0)
-        except (TimeoutError, HarnessError):
-            return False
+        except UpstreamFailed as error:  # one without this path answers too
+            return error.answered is not None and error.answered < 500 and error.answered != 429
         return True
