@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -40,17 +39,28 @@ def main() -> None:
         words = command("run", source, "-o", out, "--slots", given.slots, "--quiet", *where)
         words += ["--minutes", str(given.minutes)] if given.minutes else []
         begun = time.monotonic()
-        process = subprocess.Popen(words)
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            sys.exit(f"the runner ended with {status}")
+        process, peak = subprocess.Popen(words), 0
+        while process.poll() is None:
+            peak = max(peak, resident_peak(process.pid))
+            time.sleep(0.05)
+        if process.returncode:
+            sys.exit(f"the runner ended with {process.returncode}")
         taken = time.monotonic() - begun
         found = json.loads(subprocess.run(command("status", source, "--json", "-"), capture_output=True).stdout)
         whole = f", OUT of {len(read(out)):,} lines" if out.exists() else ""
         print(
             f"{found['total']:,} items ({format_bytes(source.stat().st_size)}), {found['completed']:,} done in "
-            f"{taken:.0f} s{whole}: peak {usage.ru_maxrss * 1024 / MIB:.0f} MiB"
+            f"{taken:.0f} s{whole}: peak {peak / MIB:.0f} MiB"
         )
+
+
+def resident_peak(pid: int) -> int:
+    """Bytes, of this process alone: what wait4() tells counts the model's server, its child, too."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
 
 
 if __name__ == "__main__":

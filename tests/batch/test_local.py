@@ -1,4 +1,4 @@
-"""A real model, its server started for the batch: killed, or the runner killed, the answers are those of a quiet run."""
+"""A real model, its server started for the batch: a kill of it, or of the runner, changes no answer."""
 
 from __future__ import annotations
 
