@@ -36,9 +36,10 @@ from lowbit.train.fake_quant import FakeQuantizer
 
 KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 FORMATS = ("q4_0", "mlx_affine4_g64", "q4_k", "channelwise4", "channelwise2")
-PAIRS = (("q4_0", "mlx_affine4_g64"), ("q4_0", "int4_g32"), ("q4_0", "channelwise4"))
+PAIRS = (("q4_0", "mlx_affine4_g64"), ("q4_0", "channelwise4"))
 DAMPING = 0.01
-RATE, SCALE_RATE = 1e-3, 1e-4  # of a weight's step, in parts of the deviation; of a scale's, in parts of itself
+RATE = 1e-3  # of a weight's step, in parts of the matrix's standard deviation
+ROW_RATE, BLOCK_RATE = 1e-4, 3e-5  # of a scale's, in parts of itself, as ``lowbit train --train both`` has them
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,8 @@ def trained(matrix: Matrix, start: torch.Tensor, quantizers: list[FakeQuantizer]
     rate = RATE * float(matrix.weight.std())
     groups = [{"params": [weight], "lr": rate}]
     for quantizer in quantizers:
-        groups += [{"params": [p], "lr": SCALE_RATE * float(p.detach().abs().mean())} for p in quantizer.learned]
+        part = ROW_RATE if quantizer.grid.whole_rows else BLOCK_RATE
+        groups += [{"params": [p], "lr": part * float(p.detach().abs().mean())} for p in quantizer.learned]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5 * (1 + math.cos(math.pi * min(1, i / steps))))
     for step in range(steps):

@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from transformers import TrainingArguments
 from transformers.integrations.gemma_quant import QuantizedLinear, apply_srq
 
 import lowbit
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import BadOption
-from lowbit.train import TrainOptions, load, static_ranges
+from lowbit.train import TrainOptions, load, prepare, static_ranges
+from lowbit.train.loop import DistillationTrainer
+from lowbit.train.pipeline import choose_parameters
 
 SEQUENCES = np.random.default_rng(0).integers(3, 300, (3, 24)).astype(np.int32)
 
@@ -121,6 +124,31 @@ def test_a_run_trains_and_saves_them(tiny_llama: Callable[..., Path], tmp_path: 
     with open_checkpoint(result.path) as back:
         assert back.info("model.layers.0.mlp.up_proj.weight").grid == "channelwise2"
         assert back.info("model.layers.0.self_attn.q_proj.weight").grid == "channelwise4"
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, {1e-3, 1e-4, 3e-5}), (2e-4, {2e-4})])
+def test_scales_move_in_parts_of_their_own_size(
+    tiny_llama: Callable[..., Path], tmp_path: Path, asked: float | None, expected: set[float]
+) -> None:
+    with open_checkpoint(tiny_llama()) as checkpoint:
+        model = prepare(load(checkpoint), "mobile_mlp2,q4_0", train="both")
+        names = lowbit.recipe.get("q4_0").trained(checkpoint)
+    static_ranges.attach(model, ("model.layers.0.mlp.up_proj",), dict.fromkeys(_scale_names(model), torch.tensor(0.02)))
+    choose_parameters(model, "both", names)
+    options = TrainOptions(train="both", scale_rate=asked, steps=1)
+    trainer = object.__new__(DistillationTrainer)
+    trainer.model, trainer.options, trainer.optimizer = model, options, None
+    trainer.args = TrainingArguments(str(tmp_path), learning_rate=1e-4, optim="adamw_torch_fused", use_cpu=True)
+    rest, *groups = trainer.create_optimizer().param_groups
+    assert rest["lr"] == 1e-4 and all(group["weight_decay"] == 0 for group in (rest, *groups))
+    found = {round(g["lr"] / float(g["params"][0].detach().abs().mean()), 9) for g in groups}
+    assert found == expected
+    assert sum(len(g["params"]) for g in (rest, *groups)) == sum(p.requires_grad for p in model.parameters())
+
+
+def _scale_names(model: Any) -> list[str]:
+    layers = [f"model.layers.{i}.self_attn.{kind}_cache_scale" for i in range(3) for kind in "kv"]
+    return [f"model.layers.0.mlp.up_proj.{kind}_activation_scale" for kind in ("input", "output")] + layers
 
 
 def test_an_unknown_kind_is_refused() -> None:

@@ -114,7 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scale-rate",
         type=positive_number,
         metavar="X",
-        help="peak of scales, in parts of their magnitude a step (default: 0.001 with --train both)",
+        help="peak of scales, in parts of their magnitude a step (default with --train both: 1e-4 of rows, else 3e-5)",
     )
     finer.add_argument("--warmup-steps", type=whole, metavar="N", help="linear warm-up (default: 8)")
     finer.add_argument("--batch-size", type=positive, metavar="N", help="sequences a forward pass (default: 2)")

@@ -21,7 +21,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from lowbit import console
 from lowbit.files import write_json
 from lowbit.train import static_ranges
-from lowbit.train.fake_quant import chosen
+from lowbit.train.fake_quant import FakeQuantizer, chosen
 from lowbit.train.kv_quant import KvQuantizer, simulated
 from lowbit.train.loss import distillation_loss
 from lowbit.train.options import TrainOptions
@@ -31,7 +31,9 @@ from lowbit.train.storage import save_tensors, writing
 from lowbit.units import format_duration
 
 _LOWEST = 0.01  # of the peak learning rate, where the cosine ends
-_SCALE_RATE = 1e-3  # of scales that move with their weights, in parts of their mean magnitude
+# Of scales that move with their weights, in parts of their mean magnitude: of rows, of blocks, which hear of few
+# weights and mostly noise (dev/LOG.md), and of activations.
+_ROW_RATE, _BLOCK_RATE, _RANGE_RATE = 1e-4, 3e-5, 1e-3
 _SMALLEST_SCALE = 1e-8
 _WEIGHTS = "trained.safetensors"
 _WHOLE = "whole"  # marks a checkpoint folder that was written to its end
@@ -192,8 +194,9 @@ class DistillationTrainer(Trainer):
         if self.optimizer is None:
             rest: dict[str, Any] = {"params": [], "weight_decay": self.args.weight_decay}
             groups = [rest]
+            rates = self._scale_rates()
             for name, parameter in self._parameters():
-                rate = self._rate_of(name.rpartition(".")[2])
+                rate = rates.get(name)
                 if parameter.requires_grad and rate:
                     size = max(float(parameter.detach().abs().mean()), _SMALLEST_SCALE)
                     groups.append({**rest, "params": [parameter], "lr": rate * size})
@@ -203,13 +206,17 @@ class DistillationTrainer(Trainer):
             self.optimizer = kind(groups, **settings)
         return self.optimizer  # type: ignore[no-any-return]
 
-    def _rate_of(self, kind: str) -> float | None:
-        """The rate of parameters of that name, in parts of their magnitude; None for those at the learning rate."""
-        if kind == static_ranges.PARAMETER:
-            return self.options.scale_rate or _SCALE_RATE
-        if kind in ("scales", "mins"):
-            return self.options.scale_rate or (_SCALE_RATE if self.options.train == "both" else None)
-        return None
+    def _scale_rates(self) -> dict[str, float]:
+        """The rates of scales, in parts of their magnitude, by name; what is not there goes by the learning rate."""
+        found, asked = {}, self.options.scale_rate
+        assert self.model is not None
+        for path, module in self.model.named_modules():
+            if isinstance(module, static_ranges.StaticRange):
+                found[f"{path}.{static_ranges.PARAMETER}"] = asked or _RANGE_RATE
+            elif isinstance(module, FakeQuantizer) and (asked or self.options.train == "both"):
+                usual = _ROW_RATE if module.grid.whole_rows else _BLOCK_RATE
+                found |= dict.fromkeys((f"{path}.scales", f"{path}.mins"), asked or usual)
+        return found
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.schedule.factor)  # type: ignore[arg-type]

@@ -44,8 +44,8 @@ class TrainOptions:
     batch_size:      sequences a forward pass
     accumulate:      forward passes an optimizer step
     learning_rate:   peak; None: 1e-4 for "full", 5e-5 for "scales"
-    scale_rate:      peak of scales and minimums, in parts of their mean magnitude a step; None: 1e-3 for "both", for
-                     "scales" by learning_rate
+    scale_rate:      peak of scales and minimums, in parts of their mean magnitude a step; None: for "both" 1e-4 where a
+                     scale is a row's and 3e-5 where it is a block's, of activations 1e-3; for "scales" by learning_rate
     warmup_steps:    optimizer steps of linear warm-up, before the cosine
     clip:            gradient norm above which gradients are scaled down
     precision:       "auto" (bfloat16 products where this machine is measurably faster with them), "float32", "bfloat16"
