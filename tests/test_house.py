@@ -15,7 +15,7 @@ from lowbit.cli import VERBS
 SOURCE = Path(lowbit.__file__).parent
 # Each line may import itself and the lines above it.
 ORDER = (
-    ("errors", "units", "files", "partial", "console", "threads", "texts", "verbs", "registry", "memory"),
+    ("errors", "units", "files", "partial", "console", "threads", "texts", "verbs", "registry", "memory", "launch"),
     ("grid",),
     ("ggml",),
     ("compensate",),

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import lowbit
-from lowbit import console, files, partial, verbs
+from lowbit import console, files, launch, partial, verbs
 from lowbit import recipe as recipes
 from lowbit.checkpoint import Checkpoint, open_checkpoint
 from lowbit.errors import BadFile, BadOption
@@ -59,7 +59,8 @@ def ship(
 
     text: held-out text to measure on (default: one bundled with lowbit, which training never sees). speed: measure
     speed and memory too. training: fields of ``lowbit.train.TrainOptions`` (minutes, recipe, data, seed, ...).
-    Killed at any moment, the same call goes on where it was. Raises LowbitError.
+    Killed at any moment, the same call goes on where it was. Of several processes (torchrun, accelerate) all train and
+    the first does the rest; the others return an empty record. Raises LowbitError.
     """
     # Here, so that only the verbs that train import torch.
     from lowbit.train import TrainOptions
@@ -79,6 +80,9 @@ def ship(
             hint = f"lowbit train --recipe {options.recipe}, then lowbit pack and lowbit measure"
             raise BadOption("ship measures in llama.cpp, and GGUF lacks this format", found=options.recipe, hint=hint)
         run = _Run(checkpoint, Path(out), options, str(model))
+        if launch.rank() > 0:
+            run.train()
+            return {}
         with run.claimed():
             run.pack_baselines()
             run.check_length(held_out)
@@ -169,7 +173,7 @@ class _Run:
         self.trained = train(
             self.checkpoint.path, self.out / "checkpoint", options=self.options, work=self.work / "training"
         )
-        if "train" not in self.times.seconds:
+        if "train" not in self.times.seconds and launch.rank() == 0:
             self.times.add("train", sum(self.trained.record["stages"].values()))
 
     def pack_trained(self) -> None:

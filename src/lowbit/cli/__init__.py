@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn, cast
 
-from lowbit import __version__, console, files
+from lowbit import __version__, console, files, launch
 from lowbit.errors import LowbitError
 
 # verb -> its line in `lowbit --help`; the verb's arguments are in the file of the same name.
@@ -125,7 +125,7 @@ def _run(words: list[str], verb: str | None) -> int:
         args = build_parser(verb).parse_args(words)
     except SystemExit as stop:  # --help, --version, bad usage
         return stop.code if isinstance(stop.code, int) else 2
-    console.set_quiet(args.quiet)
+    console.set_quiet(args.quiet or launch.rank() > 0)
     if getattr(args, "json", None) not in (None, "-"):
         files.check_writable(args.json)  # now, not when hours of work are to be written there
     return cast(int, args.run(args))
@@ -140,5 +140,6 @@ def _give_up_stdout() -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"lowbit: {message}", file=sys.stderr, flush=True)
+    if launch.speaks():
+        print(f"lowbit: {message}", file=sys.stderr, flush=True)
     return code

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from lowbit import launch
 from lowbit.cli import output, training
 
 
@@ -24,6 +25,8 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out) if args.out else Path("runs") / default_name(args.model)
     with output.results_only():
         ship(args.model, out=out, text=args.text, speed=not args.no_speed, **training.options(args))
+        if launch.rank() > 0:
+            return 0
         record = _finish(out)
     if args.json:
         output.write_result(record, args.json)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from lowbit import launch
 from lowbit.cli import output, training
 
 
@@ -30,5 +31,6 @@ def run(args: argparse.Namespace) -> int:
         return 0
     with output.results_only():
         train(args.model, args.out, options=TrainOptions(**training.options(args)))
-    print(args.out)
+    if launch.rank() == 0:
+        print(args.out)
     return 0

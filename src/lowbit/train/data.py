@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +82,13 @@ def start_token(tokenizer: Any) -> int | None:
     return int(whole[0]) if whole[: len(plain)] != plain else None
 
 
-def sample(model: Any, tokenizer: Any, length: int, seconds: float, seed: int) -> np.ndarray:
+def sample(
+    model: Any, tokenizer: Any, length: int, seconds: float, seed: int, *, agree: Callable[[bool], bool] = bool
+) -> np.ndarray:
     """Sequences that the model writes itself, at temperature 1, in one batch within ``seconds``: (n, length) int32.
 
     Half of them start as a document, half as a conversation where the model has a chat template. What was not
-    finished in time is cut off; rows of unfinished batches are joined into whole sequences.
+    finished in time is cut off; rows of unfinished batches are joined into whole sequences. agree: as of ``write``.
     """
     generator = torch.random.fork_rng()
     batch = min(_SAMPLING_BATCH, max(2, _batch_for_memory(model.config, length)))
@@ -95,7 +97,8 @@ def sample(model: Any, tokenizer: Any, length: int, seconds: float, seed: int) -
         prompts = _prompts(tokenizer, batch, length)
         device = next(model.parameters()).device
         written = [
-            sampling.write(model, prompt.to(device), length, seconds * len(prompt) / batch).cpu() for prompt in prompts
+            sampling.write(model, prompt.to(device), length, seconds * len(prompt) / batch, agree=agree).cpu()
+            for prompt in prompts
         ]
     flat = np.concatenate([rows.numpy().reshape(-1) for rows in written]).astype(np.int32)
     n = len(flat) // length

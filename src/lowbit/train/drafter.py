@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+from lowbit import launch
 from lowbit.checkpoint import Checkpoint, open_checkpoint
-from lowbit.errors import BadOption
+from lowbit.errors import BadOption, Unsupported
 from lowbit.train.cut import Cut, layers_asked
 from lowbit.train.ledger import Ledger
 from lowbit.train.model import load, load_tokenizer
@@ -26,6 +27,7 @@ from lowbit.train.options import TrainOptions
 from lowbit.train.pipeline import Run, TrainResult, check_free, run_key
 from lowbit.train.record import describe
 from lowbit.train.reference import ReferenceCache
+from lowbit.train.world import join
 
 _SAMPLING_SHARE = 0.3  # a drafter meets nothing but its target's writing
 _RATE_OF_A_CUT, _RATE = 1e-3, 1e-4
@@ -45,6 +47,9 @@ def train_drafter(
     target's own. options: minutes, steps, data, seed and the finer ones; recipe, start and train are of no use here.
     Killed at any moment, the same call goes on. Raises LowbitError.
     """
+    if launch.size() > 1:
+        hint = "Start the command by itself, without torchrun or accelerate"
+        raise Unsupported("a drafter is trained by one process", found=f"{launch.size()} processes", hint=hint)
     options = options or TrainOptions()
     start = time.monotonic()
     if options.threads:
@@ -97,7 +102,7 @@ class _DrafterRun(Run):
     def __init__(
         self, target: Checkpoint, student: Checkpoint, options: TrainOptions, ledger: Ledger, work: Path, out: Path
     ) -> None:
-        super().__init__(target, options, ledger, work, out)
+        super().__init__(target, options, ledger, work, out, join())
         self.saved_like = student
 
     def load(self, start: float) -> None:

@@ -42,8 +42,9 @@ register_optimizer_step_post_hook(_count_step)
 class FakeQuantizer(nn.Module):
     """The parametrization of one weight.
 
-    weight: (rows, n) float32, n a multiple of the grid's block size. frame: the blocks whose scales and minimums it is
-    rounded on, or None for the grid's own choice. train: "full" (the weight moves, the frame is fixed), "scales" (codes
+    weight: (rows, n) float32, n a multiple of the grid's block size; None where ``start`` follows later, and until then
+    the weight passes as it is. frame: the blocks whose scales and minimums it is rounded on, or None for the grid's own
+    choice. train: "full" (the weight moves, the frame is fixed), "scales" (codes
     are fixed, scales and minimums move) or "both" (weights and scales). Powers of two (MXFP4) never move.
     """
 
@@ -52,22 +53,33 @@ class FakeQuantizer(nn.Module):
     sub_scales: torch.Tensor | None
     sub_mins: torch.Tensor | None
 
-    def __init__(self, grid: Grid, weight: torch.Tensor, frame: Blocks | None = None, train: str = "full") -> None:
+    def __init__(
+        self, grid: Grid, weight: torch.Tensor | None, frame: Blocks | None = None, train: str = "full"
+    ) -> None:
         super().__init__()
         self.grid, self.train_what = grid, train
-        self.is_lookup = False
-        with torch.no_grad():
-            if grid.is_trainable:
-                start = grid.quantize(weight.detach()) if frame is None else grid.encode_on(weight.detach(), frame)
-                # Inside of the range of codes an offset's slope is 0 where codes may change: what is left is noise.
-                learned = {"scales": ("scales", "mins"), "both": ("scales",)}.get(train, ())
-                self._hold(start, learned)
-                if train == "scales":
-                    self.register_buffer("codes", start.codes)
+        self.is_lookup = self.in_shards = self.is_on = False
         self._values: dict[torch.dtype, torch.Tensor] = {}
         self._state: tuple[Any, ...] = ()
+        if weight is not None:
+            self.start(weight, frame)
+
+    @torch.no_grad()
+    def start(self, weight: torch.Tensor, frame: Blocks | None = None) -> None:
+        """Fixes what is fixed from here on; shapes as above, or those of the rows that this process has of them."""
+        self.is_on = True
+        if self.grid.is_trainable:
+            weight = weight.detach()
+            start = self.grid.quantize(weight) if frame is None else self.grid.encode_on(weight, frame)
+            # Inside of the range of codes an offset's slope is 0 where codes may change: what is left is noise.
+            learned = {"scales": ("scales", "mins"), "both": ("scales",)}.get(self.train_what, ())
+            self._hold(start, learned)
+            if self.train_what == "scales":
+                self.register_buffer("codes", start.codes)
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        if self.in_shards or not self.is_on:  # in shards: each was rounded before the whole was gathered
+            return weight
         values = self._rounded(weight, self._dtype(weight))
         if not torch.is_grad_enabled():
             return values
@@ -82,6 +94,17 @@ class FakeQuantizer(nn.Module):
                 self.register_parameter(part, nn.Parameter(values.float(), requires_grad=part in learned))
             else:
                 self.register_buffer(part, values)
+
+    @torch.no_grad()
+    def shard_values(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Some rows of the weight as they are computed with."""
+        return self._round(rows.detach(), dtype) if self.is_on else rows.detach().to(dtype)
+
+    @torch.no_grad()
+    def frame_gradients(self, rows: torch.Tensor, slope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """By scales and by minimums, from the gradient of their rows' values; both (rows, n) float32."""
+        codes: Any = self.codes if self.train_what == "scales" else None
+        return framing.gradients(self.grid, rows.detach(), self.frame(), codes, slope)
 
     def frame(self) -> Blocks:
         """Scales and minimums as the file will hold them."""
@@ -156,9 +179,7 @@ class _StraightThrough(torch.autograd.Function):
         for_weight = slope if ctx.needs_input_grad[0] else None
         if not owner.learned:
             return for_weight, None, None, None, None
-        codes = owner.codes if owner.train_what == "scales" else None
-        found = framing.gradients(owner.grid, ctx.saved_tensors[0], owner.frame(), codes, slope)
-        return for_weight, *found, None, None
+        return for_weight, *owner.frame_gradients(ctx.saved_tensors[0], slope), None, None
 
 
 class Chosen:
@@ -240,7 +261,7 @@ def prepare(
         assert whole is not None
         parametrize.register_parametrization(module, attribute, whole, unsafe=True)
     model.__dict__["_chosen_recipe"] = turn
-    _retie(model)
+    retie(model)
     return model
 
 
@@ -282,14 +303,18 @@ def master(module: nn.Module, attribute: str = "weight") -> nn.Parameter:
     return module.parametrizations[attribute].original  # type: ignore[union-attr, index, return-value]
 
 
-def _retie(model: nn.Module) -> None:
+def retie(model: nn.Module) -> None:
     """Lets a tied output head read the wrapped embedding, so that one parameter and one rounding serve both."""
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     if head is None or not parametrize.is_parametrized(embedding, "weight"):
         return
-    if head._parameters.get("weight") is not master(embedding):
-        return
+    if head._parameters.get("weight") is master(embedding):
+        read_from(head, embedding)
+
+
+def read_from(head: Any, embedding: nn.Module) -> None:
+    """Gives an output head the embedding's weight at each use in place of a parameter of its own."""
     del head._parameters["weight"]
     # In a tuple, so that it is no submodule of the head; an attribute, so that a deep copy reads its own embedding.
     head._tied_to = (embedding,)

@@ -62,7 +62,7 @@ def from_tensors(found: Mapping[str, torch.Tensor], device: torch.device, which:
 
 def row_slices(weight: torch.Tensor) -> list[slice]:
     """Slices of a weight's first dimension, each about as much as fits in a cache."""
-    each = max(1, _SLICE // (weight.numel() // max(1, weight.shape[0])))
+    each = max(1, _SLICE // max(1, weight.numel() // max(1, weight.shape[0])))
     return [slice(start, start + each) for start in range(0, weight.shape[0], each)]
 
 

@@ -21,21 +21,22 @@ class Ledger:
     """What the run has done and how long each stage took, in ``work/ledger.json``; survives a kill.
 
     stages: seconds of each stage that is done. earlier: seconds that killed processes had spent in stages they did
-    not end. facts: what the run found out.
+    not end. facts: what the run found out. keeps: whether this process is the one that writes the file.
     """
 
     path: Path
     stages: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     earlier: dict[str, float] = field(default_factory=dict)
+    keeps: bool = True
     _open: tuple[str, float] | None = None  # the stage now running and when it began
     _ticked: float = 0.0
 
     @classmethod
-    def open(cls, path: Path, key: str) -> Ledger:
+    def open(cls, path: Path, key: str, *, keeps: bool = True) -> Ledger:
         """Raises BadOption where the folder holds another run's work."""
         if not path.exists():
-            return cls(path, facts={"key": key})
+            return cls(path, facts={"key": key}, keeps=keeps)
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
             held, stages, facts = saved["facts"]["key"], dict(saved["stages"]), dict(saved["facts"])
@@ -47,13 +48,15 @@ class Ledger:
             raise BadOption(
                 "the folder holds a run of another model or with other options", where=path.parent, hint=hint
             )
-        return cls(path, stages, facts, earlier)
+        return cls(path, stages, facts, earlier, keeps)
 
     def spent(self) -> float:
         """Seconds behind the run, without those of the stage now running in this process."""
         return sum(self.stages.values()) + sum(self.earlier.values())
 
     def save(self) -> None:
+        if not self.keeps:
+            return
         unfinished = dict(self.earlier)
         if self._open is not None:
             name, start = self._open

@@ -20,14 +20,16 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from lowbit import console
 from lowbit.files import write_json
-from lowbit.train import static_ranges
+from lowbit.train import sharded_checkpoint, static_ranges
 from lowbit.train.fake_quant import FakeQuantizer, chosen
 from lowbit.train.kv_quant import KvQuantizer, simulated
 from lowbit.train.loss import distillation_loss
+from lowbit.train.model import quiet_transformers
 from lowbit.train.options import TrainOptions
 from lowbit.train.precision import autocast
 from lowbit.train.reference import ReferenceCache
 from lowbit.train.storage import save_tensors, writing
+from lowbit.train.world import ALONE
 from lowbit.units import format_duration
 
 _LOWEST = 0.01  # of the peak learning rate, where the cosine ends
@@ -53,6 +55,10 @@ class Schedule:
         self.options, self.seconds, self.spent = options, seconds, spent
         self._start = time.monotonic()
         self.step = 0
+
+    def agree(self, seconds: float) -> float:
+        """Seconds that this process measured, as all processes are to count them; one alone counts its own."""
+        return seconds
 
     def elapsed(self) -> float:
         return self.spent + time.monotonic() - self._start
@@ -118,6 +124,7 @@ class DistillationTrainer(Trainer):
         self._unseen = [(row, sequences[row]) for row in range(seen, len(sequences))]
         self._heads: dict[int, torch.Tensor] = {}  # by recipe
         self._passes = 0
+        self._losses: list[torch.Tensor] = []  # of the step under way, one a forward pass
         self.recent: float | None = None
         arguments = TrainingArguments(
             output_dir=str(folder),
@@ -140,7 +147,7 @@ class DistillationTrainer(Trainer):
         )
         if arguments.n_gpu > 1:
             arguments._n_gpu = 1  # Trainer would copy the model to every GPU
-        super().__init__(model, arguments, train_dataset=SequenceOrder(sequences[:seen], options.seed))
+        super().__init__(model, arguments, train_dataset=self._order(sequences[:seen]))
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.add_callback(_Clock(self))
@@ -152,9 +159,21 @@ class DistillationTrainer(Trainer):
         with turn.use(self._passes % turn.n):  # files that share weights take turns
             loss = self._divergence(model, inputs["input_ids"], inputs["row"])
         self._passes += 1
-        value = float(loss.detach())
-        self.recent = value if self.recent is None else 0.9 * self.recent + 0.1 * value
+        self._losses.append(loss.detach())
         return loss
+
+    def _order(self, sequences: np.ndarray) -> IterableDataset[Any]:
+        return SequenceOrder(sequences, self.options.seed)
+
+    def note_step(self) -> None:
+        """Takes the loss of the step that just ended into the recent ones' mean."""
+        value = self._step_loss(torch.stack(self._losses))
+        self._losses.clear()
+        self.recent = value if self.recent is None else 0.9 * self.recent + 0.1 * value
+
+    def _step_loss(self, losses: torch.Tensor) -> float:
+        """The mean over a step's forward passes (n,)."""
+        return float(losses.mean())
 
     def _divergence(self, model: Any, tokens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Mean KL(reference || student) over tokens (B, T), which are the cache's ``rows`` (B)."""
@@ -172,11 +191,16 @@ class DistillationTrainer(Trainer):
         found, turn = [], chosen(model)
         for which in range(turn.n):
             with turn.use(which):
-                for row, tokens in self._unseen:
-                    batch = torch.from_numpy(tokens.astype(np.int64))[None].to(self.args.device)
-                    found.append(float(self._divergence(model, batch, torch.tensor([row]))))
+                found += self._unseen_klds(model)
         model.train(was_training)
         return sum(found) / len(found) if found else None
+
+    def _unseen_klds(self, model: Any) -> list[float]:
+        return [self._kld_of(model, row, tokens) for row, tokens in self._unseen]
+
+    def _kld_of(self, model: Any, row: int, tokens: np.ndarray) -> float:
+        batch = torch.from_numpy(tokens.astype(np.int64))[None].to(self.args.device)
+        return float(self._divergence(model, batch, torch.tensor([row])))
 
     def _student_head(self, model: Any) -> torch.Tensor:
         """The output head as the file will hold it, in the products' dtype; made once if it does not move."""
@@ -198,7 +222,7 @@ class DistillationTrainer(Trainer):
             for name, parameter in self._parameters():
                 rate = rates.get(name)
                 if parameter.requires_grad and rate:
-                    size = max(float(parameter.detach().abs().mean()), _SMALLEST_SCALE)
+                    size = max(self._mean_size(parameter), _SMALLEST_SCALE)
                     groups.append({**rest, "params": [parameter], "lr": rate * size})
                 elif parameter.requires_grad:
                     rest["params"].append(parameter)
@@ -217,6 +241,9 @@ class DistillationTrainer(Trainer):
                 usual = _ROW_RATE if module.grid.whole_rows else _BLOCK_RATE
                 found |= dict.fromkeys((f"{path}.scales", f"{path}.mins"), asked or usual)
         return found
+
+    def _mean_size(self, parameter: torch.Tensor) -> float:
+        return float(parameter.detach().abs().mean())
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.schedule.factor)  # type: ignore[arg-type]
@@ -238,13 +265,26 @@ class DistillationTrainer(Trainer):
             super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        saved = safetensors.torch.load_file(Path(resume_from_checkpoint) / _WEIGHTS)
-        parameters = dict(self._parameters())
         state = json.loads((Path(resume_from_checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
         self._passes = state["global_step"] * self.options.accumulate
+        if sharded_checkpoint.is_sharded(Path(resume_from_checkpoint)):
+            sharded_checkpoint.load_weights(Path(resume_from_checkpoint), self)
+            return
+        saved = safetensors.torch.load_file(Path(resume_from_checkpoint) / _WEIGHTS)
+        parameters = dict(self._parameters())
         with torch.no_grad():
             for name, values in saved.items():
                 parameters[name].copy_(values)
+
+    def _init_training_state(self, *arguments: Any) -> Any:
+        with quiet_transformers():  # it warns where another number of processes had saved
+            return super()._init_training_state(*arguments)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and sharded_checkpoint.is_sharded(Path(checkpoint)):
+            sharded_checkpoint.load_optimizer(Path(checkpoint), self, ALONE)
+            return
+        super()._load_optimizer_and_scheduler(checkpoint)
 
 
 class _Clock(TrainerCallback):  # type: ignore[misc]
@@ -252,7 +292,7 @@ class _Clock(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, trainer: DistillationTrainer) -> None:
         self.trainer = trainer
-        self._saved = time.monotonic()
+        self._saved = trainer.schedule.elapsed()
         self._noted = 0.0
         self._looked = (-1.0, 0.0, 0.0)  # fraction and seconds at the last look, and what it took
         self.kld: float | None = None
@@ -260,6 +300,7 @@ class _Clock(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         schedule = self.trainer.schedule
+        self.trainer.note_step()
         # The scheduler has counted this step already; ask the clock at the step that just ended.
         schedule.step = state.global_step
         fraction, elapsed = schedule.fraction(), schedule.elapsed()
@@ -278,7 +319,7 @@ class _Clock(TrainerCallback):  # type: ignore[misc]
         self.bar.update(fraction, note)
         if fraction >= 1:
             control.should_training_stop = True
-        elif time.monotonic() - self._saved > max(_SAVE_EVERY, schedule.seconds / 20):
+        elif elapsed - self._saved > max(_SAVE_EVERY, schedule.seconds / 20):
             control.should_save = True
 
     def _look(self, fraction: float, elapsed: float) -> float | None:
@@ -288,17 +329,19 @@ class _Clock(TrainerCallback):  # type: ignore[misc]
             return None
         begin = time.monotonic()
         kld = self.trainer.unseen_kld()
-        self._looked = fraction, elapsed, time.monotonic() - begin
+        self._looked = fraction, elapsed, self.trainer.schedule.agree(time.monotonic() - begin)
         self.kld = kld
         return kld
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._saved = self.trainer.schedule.elapsed()
+        if not state.is_world_process_zero:
+            return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        write_json(folder / _WHOLE, {"seconds": self.trainer.schedule.elapsed()})
+        write_json(folder / _WHOLE, {"seconds": self._saved, "loss": self.trainer.recent})
         for older in folder.parent.glob("checkpoint-*"):
             if older != folder:
                 shutil.rmtree(older, ignore_errors=True)
-        self._saved = time.monotonic()
 
 
 def latest_checkpoint(folder: Path) -> tuple[Path, float] | None:
@@ -317,18 +360,26 @@ def latest_checkpoint(folder: Path) -> tuple[Path, float] | None:
 def _seconds_behind(checkpoint: Path) -> float | None:
     """Seconds of distillation behind a checkpoint; None where it was not written to its end."""
     try:
-        return float(json.loads((checkpoint / _WHOLE).read_text(encoding="utf-8"))["seconds"])
+        return float(_mark(checkpoint)["seconds"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
+def _mark(checkpoint: Path) -> dict[str, Any]:
+    """What was noted when the checkpoint was whole."""
+    found: dict[str, Any] = json.loads((checkpoint / _WHOLE).read_text(encoding="utf-8"))
+    return found
+
+
 def distil(
-    make_trainer: Callable[[Schedule], DistillationTrainer], options: TrainOptions, seconds: float, folder: Path
+    make_trainer: Callable[[float], DistillationTrainer], checkpoint: tuple[Path, float] | None
 ) -> tuple[DistillationTrainer, list[dict[str, Any]]]:
-    """Trains until the budget is spent, going on from the newest checkpoint. Gives the trainer and its curve."""
-    checkpoint = latest_checkpoint(folder)
-    schedule = Schedule(options, seconds, checkpoint[1] if checkpoint else 0.0)
-    trainer = make_trainer(schedule)
+    """Trains until the budget is spent, going on from the newest checkpoint. Gives the trainer and its curve.
+
+    make_trainer: from the seconds that distillation has taken so far. checkpoint: as ``latest_checkpoint`` found it.
+    """
+    trainer = make_trainer(checkpoint[1] if checkpoint else 0.0)
+    trainer.recent = _mark(checkpoint[0]).get("loss") if checkpoint else None
     with console.progress("Distilling", 1.0) as bar:
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, _Clock):

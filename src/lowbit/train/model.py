@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -17,7 +18,7 @@ from lowbit import grid as grids
 from lowbit.checkpoint import Checkpoint, Tensor, write_checkpoint
 from lowbit.checkpoint.model import ACTIVATIONS
 from lowbit.errors import Unsupported
-from lowbit.grid.base import Blocks
+from lowbit.grid.base import Blocks, Grid
 from lowbit.train import static_ranges
 from lowbit.train.fake_quant import FakeQuantizer, chosen, master, quantized
 from lowbit.train.storage import save_tensors
@@ -28,15 +29,8 @@ def load(checkpoint: Checkpoint) -> Any:
 
     Raises BadFile naming the tensor where a weight is NaN or Inf.
     """
-    config = CONFIG_MAPPING[checkpoint.config["model_type"]](**checkpoint.config)
-    config._attn_implementation = "sdpa"
-    with _quiet_transformers():
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    parameters = _weights(model, checkpoint)
-    differing = sorted(set(parameters) ^ set(checkpoint.names))
-    if differing:
-        found = f"{type(model).__name__} and the checkpoint disagree on it"
-        raise Unsupported("not the tensors that transformers' model has", where=differing[0], found=found)
+    model = unfilled(checkpoint)
+    parameters = weights(model, checkpoint)
     # One tensor at a time into the model, so that the weights are in memory once.
     with torch.no_grad():
         for name in checkpoint.names:
@@ -46,10 +40,29 @@ def load(checkpoint: Checkpoint) -> Any:
     return model.eval()
 
 
+def unfilled(checkpoint: Checkpoint, *, on_meta: bool = False) -> Any:
+    """The checkpoint's model with weights that are not yet its own. Raises Unsupported where it has other tensors.
+
+    on_meta: parameters have no memory; buffers have, and their values.
+    """
+    config = CONFIG_MAPPING[checkpoint.config["model_type"]](**checkpoint.config)
+    config._attn_implementation = "sdpa"
+    place = init_empty_weights(include_buffers=False) if on_meta else contextlib.nullcontext()
+    with quiet_transformers(), place:
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if on_meta:
+        model.tie_weights()  # each parameter was replaced by one of its own
+    differing = sorted(set(weights(model, checkpoint)) ^ set(checkpoint.names))
+    if differing:
+        found = f"{type(model).__name__} and the checkpoint disagree on it"
+        raise Unsupported("not the tensors that transformers' model has", where=differing[0], found=found)
+    return model
+
+
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The transformers tokenizer of a checkpoint."""
     source = checkpoint.tokenizer_source
-    with _quiet_transformers():
+    with quiet_transformers():
         if source.is_dir():
             return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         return transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
@@ -90,7 +103,7 @@ def _also(model: nn.Module, folder: Path) -> dict[str, Any]:
 def tensors(model: nn.Module, like: Checkpoint) -> Iterator[Tensor]:
     """Every tensor of ``like`` with the values that ``model`` computes with."""
     wrapped = {name: (module, quantizer) for name, module, quantizer in quantized(model)}
-    plain = _weights(model, like)
+    plain = weights(model, like)
     for name in like.names:
         if name in wrapped:
             yield _quantized_tensor(name, *wrapped[name])
@@ -98,7 +111,7 @@ def tensors(model: nn.Module, like: Checkpoint) -> Iterator[Tensor]:
             yield Tensor(name=name, values=plain[name].detach().float().cpu().numpy())
 
 
-def _weights(model: nn.Module, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+def weights(model: nn.Module, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """The model's parameters (a tied head is not among them), and the buffers that the checkpoint has: Gemma 4's
     ``layer_scalar`` is one."""
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in checkpoint.specs}
@@ -108,10 +121,15 @@ def _weights(model: nn.Module, checkpoint: Checkpoint) -> dict[str, torch.Tensor
 
 
 def _quantized_tensor(name: str, module: nn.Module, quantizer: FakeQuantizer) -> Tensor:
-    grid = quantizer.grid
-    blocks = quantizer.blocks(master(module, name.rpartition(".")[2]))
+    return on_grid(name, quantizer.grid, quantizer.blocks(master(module, name.rpartition(".")[2])))
+
+
+def on_grid(name: str, grid: Grid, blocks: Blocks) -> Tensor:
+    """A tensor to write, from its codes and scales."""
     stored = Blocks(**{field.name: _numpy(getattr(blocks, field.name)) for field in dataclasses.fields(blocks)})
-    return Tensor(name=name, values=grid.dequantize(stored), grid=grid.name, blocks=grid.pack(stored))
+    packed = grid.pack(stored)
+    rows = packed.reshape(-1, packed.shape[-1])  # experts' matrices one below the other
+    return Tensor(name=name, values=grid.dequantize(stored), grid=grid.name, blocks=rows)
 
 
 def _float_tensor(name: str, module: nn.Module) -> Tensor:
@@ -124,7 +142,7 @@ def _numpy(x: torch.Tensor | None) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Its progress bars and advice are not ours to show."""
     from transformers.utils import logging
 

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from lowbit.train.record import describe
 from lowbit.train.reference import ReferenceCache
 from lowbit.train.start import rounded
 from lowbit.train.storage import save_tensors
+from lowbit.train.trainable import choose_parameters
+from lowbit.train.world import ALONE, World, join, leave, together
 
 _SAMPLING_SHARE = 0.08  # of the budget, where nothing else is asked for
 _COLLECTING_SHARE = 0.35  # of the time left when it begins
@@ -63,7 +66,8 @@ def train(
     """Quantization-aware training of ``model`` by distillation from itself; writes a checkpoint folder to ``out``.
 
     work: where the stages keep their files (default: ``out`` with ``.work`` behind it). Killed at any moment, the same
-    call goes on. Raises LowbitError for bad input, CannotWrite where there is no room.
+    call goes on. Under torchrun or accelerate every process calls, and they share the model. Raises LowbitError for bad
+    input, CannotWrite where there is no room, RuntimeFailed where another process is gone.
     """
     options = options or TrainOptions()
     start = time.monotonic()
@@ -73,16 +77,29 @@ def train(
     work = Path(work) if work is not None else out.with_name(out.name + ".work")
     with open_checkpoint(model) as checkpoint:
         check_trainable(checkpoint, options.recipe, options.kv)
-        check_free(out, work, checkpoint.path)
-        ledger = Ledger.open(work / "ledger.json", run_key(checkpoint, options))
-        run = Run(checkpoint, options, ledger, work, out)
-        if not ledger.done("export"):
-            run.load(start)
-            run.gather()
-            run.balance()
-            run.calibrate()
-            run.distil()
+        world = join()
+        with together(world):
+            check_free(out, work, checkpoint.path)
+            ledger = Ledger.open(work / "ledger.json", run_key(checkpoint, options), keeps=world.rank == 0)
+            run = _run(world)(checkpoint, options, ledger, work, out, world)
+            if not world.share(ledger.done("export")):
+                run.load(start)
+                run.gather()
+                run.balance()
+                run.calibrate()
+                run.distil()
+                ledger.facts["record"] = world.share(ledger.facts.get("record"))
+            leave(world)
         return TrainResult(out, work / "start", ledger.facts["record"])
+
+
+def _run(world: World) -> type[Run]:
+    """How a model is trained by one process, or by several that share it."""
+    if world.size == 1:
+        return Run
+    from lowbit.train.sharded_run import ShardedRun
+
+    return ShardedRun
 
 
 def check_trainable(checkpoint: Checkpoint, recipe: str, kv: str | None = None) -> None:
@@ -126,8 +143,12 @@ class Run:
     sampling_share = _SAMPLING_SHARE
     body_ratio = 1.0  # weights of the layers that are trained, over the reference's
 
-    def __init__(self, checkpoint: Checkpoint, options: TrainOptions, ledger: Ledger, work: Path, out: Path) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, options: TrainOptions, ledger: Ledger, work: Path, out: Path,
+        world: World = ALONE,
+    ) -> None:  # fmt: skip
         self.checkpoint, self.options, self.ledger, self.work, self.out = checkpoint, options, ledger, work, out
+        self.world, self.device = world, world.device
         self.budget = options.minutes * 60
         self.length = options.sequence_length
         self.saved_like = checkpoint
@@ -143,23 +164,27 @@ class Run:
         torch.manual_seed(self.options.seed)
         with self.ledger.stage("load", start):
             console.log(f"Loading {self.checkpoint.name}")
-            self.model: Any = load(self.checkpoint)
             self.tokenizer = load_tokenizer(self.checkpoint)
-            self.device = _device()
-            self.model.to(self.device)
             facts = self.ledger.facts
-            width = self.model.config.hidden_size
             if "dtype" not in facts:
-                chosen = precision.choose(self.options.precision, self.device, width)
+                width = self.checkpoint.config["hidden_size"]
+                chosen = self.world.first(lambda: precision.choose(self.options.precision, self.device, width))
                 facts["dtype"] = "bfloat16" if chosen == torch.bfloat16 else "float32"
             self.dtype = getattr(torch, facts["dtype"])
-            facts.setdefault("forward_tokens_per_second", self._forward_speed())
-            head = self.model.get_output_embeddings().weight
-            if (self.options.top_k or 0) > len(head):
-                raise BadOption(
-                    "more targets than tokens", found=self.options.targets, expected=f"topk:{len(head)} or less"
-                )
-            self.reference_head = head.detach().to(self.dtype, copy=True)
+            self.model: Any = self._load()
+            speed = self.world.share(self._forward_speed())
+            facts.setdefault("forward_tokens_per_second", speed)
+            self.reference_head = self._own_head()
+            if (self.options.top_k or 0) > (n := len(self.reference_head)):
+                raise BadOption("more targets than tokens", found=self.options.targets, expected=f"topk:{n} or less")
+
+    def _load(self) -> Any:
+        return load(self.checkpoint).to(self.device)
+
+    def _own_head(self) -> torch.Tensor:
+        """The output head (vocabulary, width) as the model has it before any rounding, in the products' dtype."""
+        head: torch.Tensor = self.model.get_output_embeddings().weight
+        return head.detach().to(self.dtype, copy=True)
 
     @torch.no_grad()
     def _forward_speed(self) -> float:
@@ -200,9 +225,9 @@ class Run:
             together = np.concatenate([sampled, text])
             self.sequences = together[data.order(len(together), self.options.seed)]
             facts["data"] = {"sampled_tokens": sampled.size, "text_tokens": text.size, "sources": sources}
-            _save_array(path, self.sequences)
+            self._keep(path, self.sequences)
         for sampled_file in self._sampled_files():
-            sampled_file.unlink()
+            sampled_file.unlink(missing_ok=True)
 
     def _sample(self, start: float) -> np.ndarray:
         """Batches that the model writes, until their share of the budget is spent; each on disk when it is whole."""
@@ -212,13 +237,20 @@ class Run:
         rounds = [np.load(path) for path in self._sampled_files()]
         writer = self._writer()
         with console.progress("Sampling from the reference", seconds) as bar:
-            while (left := seconds - (time.monotonic() - begin)) > 0.1 * seconds:
+            while (left := self.world.share(seconds - (time.monotonic() - begin))) > 0.1 * seconds:
                 seed = (self.options.seed + len(rounds)) % (1 << 32)
-                rounds.append(data.sample(writer, self.tokenizer, self.length, left, seed))
-                _save_array(self.work / f"sampled-{len(rounds):04}.npy", rounds[-1])
+                rounds.append(self._write_some(writer, left, seed))
+                self._keep(self.work / f"sampled-{len(rounds):04}.npy", rounds[-1])
                 self.ledger.tick()
                 bar.update(time.monotonic() - begin, f"{sum(r.size for r in rounds)} tokens")
         return np.concatenate(rounds) if rounds else np.empty((0, self.length), np.int32)
+
+    def _write_some(self, writer: Any, seconds: float, seed: int) -> np.ndarray:
+        return data.sample(writer, self.tokenizer, self.length, seconds, seed)
+
+    def _keep(self, path: Path, values: np.ndarray) -> None:
+        with replacing(path) as partial, open(partial, "wb") as handle:
+            np.save(handle, values)
 
     def _sampled_files(self) -> list[Path]:
         return sorted(self.work.glob("sampled-*.npy"))
@@ -265,8 +297,7 @@ class Run:
 
     def calibrate(self) -> None:
         """The start: scales, and weights that round to the start's codes; also written as a checkpoint of its own."""
-        width, n = self.model.config.hidden_size, len(self.sequences)
-        self.cache = ReferenceCache(self.work / "reference", n, self.length, width, self.options.top_k)
+        self.cache = self._open_cache(self.model.config.hidden_size, len(self.sequences))
         path = self.work / "start.safetensors"
         if not self.ledger.done("calibrate"):
             start = time.monotonic()
@@ -274,11 +305,17 @@ class Run:
                 found = self._calibrated(start) if self.options.start == "calibrated" else {}
                 if self.options.activations == "static":
                     found |= self._ranges()
-                save_tensors(found, path)
+                self._keep_start(found)
         (self.work / "calibration.safetensors").unlink(missing_ok=True)
         self.ask_reference()
         with self.ledger.stage("prepare"):
             self._prepare(path)
+
+    def _open_cache(self, width: int, n: int) -> ReferenceCache:
+        return ReferenceCache(self.work / "reference", n, self.length, width, self.options.top_k)
+
+    def _keep_start(self, found: dict[str, torch.Tensor]) -> None:
+        save_tensors(found, self.work / "start.safetensors")
 
     @torch.no_grad()
     def _prepare(self, path: Path) -> None:
@@ -296,7 +333,7 @@ class Run:
         if self.options.activations == "runtime":
             round_activations(self.model)
         if not (self.work / "start" / MANIFEST).exists():
-            save(self.model, self.work / "start", like=self.checkpoint)
+            self._save(self.work / "start", self.checkpoint)
 
     def ask_reference(self) -> None:
         """What the reference says of the sequences that there is still time for, rounding having taken its own."""
@@ -315,7 +352,10 @@ class Run:
                     in_time = time.monotonic() - begin < _ASKING_SHARE * left
                     return in_time or self.options.steps is not None or done < fewest
 
-                self.cache.fill(self.model, self.sequences, self.dtype, until=wanted, may_go_on=may_go_on)
+                self.cache.fill(
+                    self.model, self.sequences, self.dtype, self.reference_head, until=wanted, may_go_on=may_go_on,
+                    world=self.world,
+                )  # fmt: skip
                 self.ledger.facts["asked"] = self.cache.done
         self.sequences = self.sequences[: self.ledger.facts["asked"]]
 
@@ -375,38 +415,38 @@ class Run:
         """End-to-end distillation for what is left of the budget, and the checkpoint."""
         start = time.monotonic()
         trained = self.chosen()
-        seconds = self.budget - self.ledger.spent()
+        seconds = self.left(start)
         curve: list[dict[str, Any]] = []
         # What was trained before a kill counts, also where loading it again has used up the budget.
-        begun = latest_checkpoint(self.work / "trainer") is not None
-        if trained and (seconds > 0 or self.options.steps or begun):
-
-            def make(schedule: Schedule) -> DistillationTrainer:
-                return DistillationTrainer(
-                    self.model,
-                    options=self.options,
-                    sequences=self.sequences,
-                    cache=self.cache,
-                    reference_head=self.reference_head,
-                    dtype=self.dtype,
-                    schedule=schedule,
-                    folder=self.work / "trainer",
-                    held_out=_held_out(len(self.sequences)),
-                    kv=self.kv,
-                )
-
-            _, curve = distil(make, self.options, seconds, self.work / "trainer")
+        checkpoint = self.world.first(lambda: latest_checkpoint(self.work / "trainer"))
+        if trained and (seconds > 0 or self.options.steps or checkpoint is not None):
+            _, curve = distil(lambda spent: self._trainer(seconds, spent), checkpoint)
         distilled = curve[-1]["seconds"] if curve else time.monotonic() - start
-        for parameter in trained:
-            if not bool(torch.isfinite(parameter).all()):
-                hint = "Start again in another --out with a smaller --learning-rate"
-                raise BadOption("the training has diverged", where=self.out, found="NaN or Inf", hint=hint)
-        save(self.model, self.out, like=self.saved_like, trained_for=self.options.trained_for)
+        if self._diverged(trained):
+            hint = "Start again in another --out with a smaller --learning-rate"
+            raise BadOption("the training has diverged", where=self.out, found="NaN or Inf", hint=hint)
+        self._save(self.out, self.saved_like, self.options.trained_for)
         self.ledger.stages["distil"] = distilled
         trained_on = len(self.sequences) - _held_out(len(self.sequences))
         self.ledger.facts["record"] = self.described(curve, distilled, trained_on)
         self.ledger.stages["export"] = 0.0
         self.ledger.save()
+
+    def _trainer(self, seconds: float, spent: float) -> DistillationTrainer:
+        return DistillationTrainer(self.model, schedule=Schedule(self.options, seconds, spent), **self._for_trainer())
+
+    def _for_trainer(self) -> dict[str, Any]:
+        return {
+            "options": self.options, "sequences": self.sequences, "cache": self.cache, "dtype": self.dtype,
+            "reference_head": self.reference_head, "folder": self.work / "trainer",
+            "held_out": _held_out(len(self.sequences)), "kv": self.kv,
+        }  # fmt: skip
+
+    def _diverged(self, trained: Sequence[torch.Tensor]) -> bool:
+        return not all(bool(torch.isfinite(parameter).all()) for parameter in trained)
+
+    def _save(self, folder: Path, like: Checkpoint, trained_for: dict[str, str] | None = None) -> None:
+        save(self.model, folder, like=like, trained_for=trained_for)
 
     def described(self, curve: list[dict[str, Any]], distilled: float, sequences: int) -> dict[str, Any]:
         """The record; sequences: how many there were to train on."""
@@ -416,42 +456,3 @@ class Run:
 def _held_out(n: int) -> int:
     """How many of n sequences are kept out of training."""
     return min(_UNSEEN, n // 8)
-
-
-def _save_array(path: Path, values: np.ndarray) -> None:
-    with replacing(path) as partial, open(partial, "wb") as handle:
-        np.save(handle, values)
-
-
-def choose_parameters(model: Any, train: str, names: tuple[str, ...]) -> list[torch.nn.Parameter]:
-    """Marks what is trained of a prepared model, and gives it: the low-bit matrices ``names`` and the norms ("full"),
-    the scales and minimums alone ("scales"), or weights, norms and scales ("both"); always the scales of static
-    activations.
-    """
-    low_bit = {f"{path}.parametrizations.{kind}" for path, _, kind in (name.rpartition(".") for name in names)}
-
-    def is_low_bit(inside: str) -> bool:
-        path, _, rest = inside.partition(".parametrizations.")
-        return f"{path}.parametrizations.{rest.partition('.')[0]}" in low_bit
-
-    chosen = []
-    for name, parameter in model.named_parameters():
-        inside, _, last = name.rpartition(".")
-        if last == static_ranges.PARAMETER:
-            wanted = True
-        elif last in ("scales", "mins"):
-            wanted = is_low_bit(inside) and train in (("scales", "both") if last == "scales" else ("scales",))
-        elif last.startswith("original"):
-            wanted = train in ("full", "both") and inside in low_bit
-        else:
-            wanted = train in ("full", "both") and parameter.ndim == 1
-        parameter.requires_grad_(wanted)
-        if wanted:
-            chosen.append(parameter)
-    return chosen
-
-
-def _device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("cpu")

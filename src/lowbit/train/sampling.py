@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,11 +22,14 @@ _ATTENTION = "lowbit_sampling"
 
 
 @torch.inference_mode()
-def write(model: Any, prompt: torch.Tensor, length: int, seconds: float) -> torch.Tensor:
+def write(
+    model: Any, prompt: torch.Tensor, length: int, seconds: float, *, agree: Callable[[bool], bool] = bool
+) -> torch.Tensor:
     """Goes on from ``prompt`` at temperature 1 until rows are ``length`` tokens long or ``seconds`` have passed.
 
     model: a causal language model of transformers. prompt: (rows, n) int64, n < length, all rows whole. Returns
-    (rows, at most length) int64. Random numbers are torch's global ones.
+    (rows, at most length) int64. Random numbers are torch's global ones. agree: asked after each token whether time is
+    up, given what this process thinks; processes that compute together must stop together.
     """
     begin = time.monotonic()
     cache = Cache(layers=[_RoomyLayer(length) for _ in range(model.config.num_hidden_layers)])
@@ -39,7 +42,7 @@ def write(model: Any, prompt: torch.Tensor, length: int, seconds: float) -> torc
             logits = head(hidden).float()
             last = _draw(logits if cap is None else cap * torch.tanh(logits / cap))
             tokens = torch.cat([tokens, last], dim=1)
-            if time.monotonic() - begin > seconds:
+            if agree(time.monotonic() - begin > seconds):
                 break
     return tokens
 
