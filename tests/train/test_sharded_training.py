@@ -75,7 +75,7 @@ CASES = {
     "gemma3, tied, calibrated": (("tiny_gemma3", {}), {"targets": "topk:8"}, (2,)),
     "qwen3, learned scales": (("tiny_qwen3", {}), NEAREST | {"train": "both"}, (2,)),
     "qwen3, scales alone": (("tiny_qwen3", {}), NEAREST | {"train": "scales"}, (2,)),
-    "rows that do not come out even": (("tiny_llama", {"tie_word_embeddings": True}), NEAREST | {"batch_size": 6}, (3,)),
+    "uneven rows": (("tiny_llama", {"tie_word_embeddings": True}), NEAREST | {"batch_size": 6}, (3,)),
 }  # fmt: skip
 
 
