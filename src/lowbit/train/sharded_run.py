@@ -34,7 +34,7 @@ class ShardedRun(Run):
         hint = "Train with one process, or without that option"
         if len(self.recipes) > 1:
             raise Unsupported("several processes train for one recipe", found=self.options.recipe, hint=hint)
-        if self.options.activations is not None:
+        if self.options.activations != "float":
             found = self.options.activations
             raise Unsupported("several processes train with no rounded activations", found=found, hint=hint)
         if self.options.kv is not None:
