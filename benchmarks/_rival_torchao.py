@@ -80,7 +80,7 @@ def main(folder: str, sequences: str, out: str, seconds: float) -> None:
         step += 1
         print(f"torchao: step {step}, loss {loss:.4f}, {spent:.0f} of {seconds:.0f} s", file=sys.stderr, flush=True)
     spent = time.process_time() - begin
-    quantize_(model, QATConfig(weight_config=weights, step="convert"))
+    quantize_(model, QATConfig(step="convert"))
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(folder).save_pretrained(out)
     print(json.dumps({"seconds": spent, "detail": f"{step} steps, loss {loss:.4f}"}))
