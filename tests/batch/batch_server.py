@@ -24,14 +24,15 @@ from aiohttp import web
 
 class BatchServer:
     """A context manager. asked: the users' first messages, in order. most: of them under way at once. down: whether it
-    answers 503. bare: whether it has no /v1/models. busy: how many 429s are left to give."""
+    answers 503. bare: whether it has no /v1/models. busy: how many 429s are left to give. model: its name. slots: what
+    /props tells."""
 
     def __init__(self, delay: float = 0.0, log: Path | None = None) -> None:
         self.asked: list[str] = []
         self.bodies: list[dict[str, Any]] = []
         self.now = self.most = self.busy = 0
         self.delay, self.down, self.bare, self._log = delay, False, False, log
-        self.url = ""
+        self.url, self.model, self.slots = "", "m", 0
 
     # In a thread
 
@@ -60,6 +61,7 @@ class BatchServer:
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/v1/completions", self._text)
         app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/props", self._props)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", port).start()
@@ -71,7 +73,11 @@ class BatchServer:
     async def _models(self, request: web.Request) -> web.Response:
         if self.down or self.bare:
             return web.json_response({"error": {"message": "Loading model"}}, status=503 if self.down else 404)
-        return web.json_response({"object": "list", "data": [{"id": "m", "object": "model"}]})
+        return web.json_response({"object": "list", "data": [{"id": self.model, "object": "model"}]})
+
+    async def _props(self, request: web.Request) -> web.Response:
+        """As llama-server's, where ``slots`` says how many it has."""
+        return web.json_response({"total_slots": self.slots}) if self.slots else web.json_response({}, status=404)
 
     async def _text(self, request: web.Request) -> web.Response:
         body = await request.json()

@@ -24,7 +24,7 @@ SAID = [f"slow 0.05 {i}" for i in range(60)]
 
 
 @pytest.mark.parametrize(
-    ("kind", "faults", "seed"), [("runner", 4, 1), ("runner", 4, 2), ("server", 4, 3), ("two", 3, 4)]
+    ("kind", "faults", "seed"), [("runner", 4, 1), ("runner", 4, 2), ("server", 2, 3), ("server", 4, 5), ("two", 3, 4)]
 )
 def test_killed_at_any_moment(kind: str, faults: int, seed: int, tmp_path: Path) -> None:
     (tmp_path / "job").mkdir()

@@ -28,6 +28,7 @@ from lowbit.measure.energy import EnergyMeter
 from lowbit.measure.record import Figure, exact, repeated
 from lowbit.run.base import Runtime
 
+_FEW = 4  # requests at a time, where the run itself would find out how many are best
 _SAMPLE = 400  # items whose tokens are counted
 
 
@@ -224,8 +225,9 @@ async def _answers(engine: Engine, sample: Sequence[Item]) -> tuple[list[dict[st
             usages.append(usage | {name: usage.get(name, usage.get(other)) for name, other in _OTHERS})
             finished.append(time.monotonic())
 
+    at_a_time = min(engine.slots, _FEW) if engine.probed else engine.slots
     with console.progress("probe", len(sample), unit="items") as bar:
-        await asyncio.gather(*(worker(bar) for _ in range(min(engine.slots, len(sample)))))
+        await asyncio.gather(*(worker(bar) for _ in range(min(at_a_time, len(sample)))))
     return usages, finished
 
 

@@ -21,7 +21,7 @@ class Status:
     """state: completed, cancelled, paused, running (a process is at it), or stopped. per_second: items lately, None
     before there are two. seconds_left: at that rate. errors: how many of each kind. runners: who is at work. usage:
     tokens of all tries. call_seconds: that requests were under way, added up. slots: requests at a time, as a probe
-    found them, with what it measured (probe.Probe.as_json)."""
+    found them, with what it measured (probe.Probe.as_json). servers: of each where there are several, Engine.told."""
 
     source: str
     state: str
@@ -38,6 +38,7 @@ class Status:
     call_seconds: float = 0.0
     runners: tuple[Owner, ...] = ()
     slots: dict[str, Any] | None = None
+    servers: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     created: float | None = None
     finished: float | None = None
@@ -70,7 +71,8 @@ def status(job: Job) -> Status:
         cancelled=counts[CANCELLED], waiting=counts[WAITING], in_flight=counts[LEASED], per_second=speed,
         seconds_left=left / speed if speed and left else 0.0 if not left else None, errors=dict(kinds),
         usage={"prompt_tokens": sums[0] or 0, "completion_tokens": sums[1] or 0}, call_seconds=sums[2] or 0.0,
-        runners=alive, slots=journal.get("slots"), settings=settings, created=journal.get("created"), finished=sums[3],
+        runners=alive, slots=journal.get("slots"),
+        servers=journal.get("servers") or [], settings=settings, created=journal.get("created"), finished=sums[3],
     )  # fmt: skip
 
 

@@ -127,6 +127,7 @@ class Runner:
             finally:
                 try:
                     await self._abort()
+                    self._tell()
                 finally:
                     await self._engine.__aexit__(None, None, None)
         finally:
@@ -189,9 +190,17 @@ class Runner:
             self._journal.beat()
             if self._journal.take_over():
                 self._condemn()
+            self._tell()
         if self._on_tick is not None:
             self._on_tick()
 
+    def _tell(self) -> None:
+        """Notes how the engine's servers do."""
+        if (told := self._engine.told()) != self._told:
+            self._told = told
+            self._journal.set("servers", told)
+
+    _told: list[dict[str, Any]] | None = None
     _state: str = "running"
 
     async def _sleep(self, seconds: float) -> None:

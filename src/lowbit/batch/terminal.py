@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lowbit.batch.probe import words
 from lowbit.batch.progress import Status
@@ -34,9 +34,15 @@ def lines(status: Status) -> list[str]:
     rows.append(("tokens", f"{tokens['prompt_tokens']:,} in, {tokens['completion_tokens']:,} out, all tries included"))
     if status.slots:
         rows.append(("at a time", words(status.slots)))
+    rows += [("server", _server(told)) for told in status.servers]
     if status.runners:
         rows.append(("at work", ", ".join(f"pid {runner.pid}" for runner in status.runners)))
     return found + [f"  {name:<10} {text}" for name, text in rows]
+
+
+def _server(told: dict[str, Any]) -> str:
+    why = "" if told["state"] == "answers" else f", {told['state']}: {told['why']}"
+    return f"{told['url']}: {told['answered']:,} answered, {told['slots']} at a time{why}"
 
 
 def ended(ran: Ran) -> list[str]:

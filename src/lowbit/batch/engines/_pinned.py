@@ -76,7 +76,9 @@ class PinnedUpstream(CarefulUpstream):
         assert cache is not None
         self._waiting.append(text)
         try:
-            await asyncio.sleep(0 if self._under_way else _GATHER)
+            # Only a prompt that no slot has begun is worth waiting with: it may be read for others too.
+            is_cold = not self._under_way and best(text, (slot.text for slot in cache.free)) < WORTH
+            await asyncio.sleep(_GATHER if is_cold else 0)
             async with self._changed:
                 while True:
                     if self._known != self.url:

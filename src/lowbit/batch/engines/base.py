@@ -44,18 +44,26 @@ class Lost(Exception):
 
 
 class Engine(abc.ABC):
-    """An async context manager: entered, it can answer; left, what it started has ended.
-
-    slots:  requests that it can have under way, at any moment
-    probed: whether fewer may be faster, which only a probe can tell
-    """
+    """An async context manager: entered, it can answer; left, what it started has ended."""
 
     name: ClassVar[str]
-    probed = False
 
     def __init__(self, options: EngineOptions) -> None:
         self.options = options
-        self.slots = options.slots or 1
+
+    @property
+    def slots(self) -> int:
+        """Requests that it can have under way, at any moment; at least 1."""
+        return self.options.slots or 1
+
+    @property
+    def probed(self) -> bool:
+        """Whether fewer may be faster, which only a probe can tell."""
+        return False
+
+    def told(self) -> list[dict[str, Any]]:
+        """Of each of its servers where it has several: "url", "slots", "answered", "state" and "why", for status."""
+        return []
 
     def expect(self, longest: int) -> None:  # noqa: B027 (most engines have no use for it)
         """Before it is entered: the bytes of the longest request."""

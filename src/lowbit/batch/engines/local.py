@@ -31,12 +31,19 @@ class Local(Engine):
         if options.model is None or options.endpoints:
             raise BadOption("which model?", expected="--model MODEL")
         self._path = model_server.artifact(options.model)
-        self.slots = options.slots or options.server.slots or _SLOTS
-        self.probed = options.slots is None and options.server.slots is None
+        self._slots = options.slots or options.server.slots or _SLOTS
         self._longest = 0
         self._caller: Caller | None = None
         self._server: ModelServer | None = None
         self._states: tempfile.TemporaryDirectory[str] | None = None
+
+    @property
+    def slots(self) -> int:
+        return self._slots
+
+    @property
+    def probed(self) -> bool:
+        return self.options.slots is None and self.options.server.slots is None
 
     def expect(self, longest: int) -> None:
         self._longest = longest
@@ -58,9 +65,9 @@ class Local(Engine):
         self._states = tempfile.TemporaryDirectory(prefix="lowbit-slots-")
         folder = Path(self._states.name)
         settled = replace(self._settled(), idle_cache=False, slot_folder=folder)
-        self.slots = settled.slots or self.slots
+        self._slots = settled.slots or self._slots
         upstream = PinnedUpstream(model_server.NOWHERE)
-        upstream.pin(self.slots, folder, min(_LARGEST, shutil.disk_usage(folder).free // 10))
+        upstream.pin(self._slots, folder, min(_LARGEST, shutil.disk_usage(folder).free // 10))
         # What a request does to the server is counted by the runner, for each item.
         _, server, special = model_server.prepared(self._path, settled, restarts=1 << 30, upstream=upstream)
         console.log(f"Loading {self._path.name} with a context of {settled.context:,} for {settled.slots} slots ...")
@@ -98,7 +105,7 @@ class Local(Engine):
 
     def _settled(self) -> ModelOptions:
         """A cache for each slot, with room for the longest request; one for all where that does not fit."""
-        asked = replace(self.options.server, slots=self.slots, swa_full=True)
+        asked = replace(self.options.server, slots=self._slots, swa_full=True)
         if asked.context is None and asked.kv_unified is None:
             need = 2048  # tokens; one has more than two bytes, in any language
             while need < self._longest // 2 + _ROOM:
