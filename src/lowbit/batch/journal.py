@@ -86,7 +86,7 @@ class Journal:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, timeout=_BUSY, isolation_level=None)
             try:
-                self._db.execute("PRAGMA journal_mode=WAL")
+                self._write_ahead()
                 self._db.execute("PRAGMA synchronous=NORMAL")
                 self._db.execute("PRAGMA cache_size=-8000")
                 self._db.executescript(_SCHEMA)
@@ -97,6 +97,18 @@ class Journal:
             except BaseException:
                 self._db.close()
                 raise
+
+    def _write_ahead(self) -> None:
+        """WAL. SQLite's own patience does not cover the change to it: two processes may begin a job at once."""
+        deadline = time.monotonic() + _BUSY
+        while True:
+            try:
+                self._db.execute("PRAGMA journal_mode=WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.02)
 
     def close(self) -> None:
         """Gives back what this process had, and closes the file; it stays."""
