@@ -24,7 +24,7 @@ from lowbit.errors import BadConfig, Unsupported
 from lowbit.pack import model_folder
 
 BLOCK = 16 * 1024  # sections begin at a multiple of it
-_VERSION = (1, 5, 0)  # of the format, from which on LiteRT-LM reads what is written here
+_VERSION = (1, 5, 0)  # of the format; LiteRT-LM 0.18 opens it, litert-lm-builder writes 1.7.0
 _MODEL_TYPE = "tf_lite_prefill_decode"
 _TEMPLATES = ("gemma3", "qwen3")  # families whose calls and roles LiteRT-LM knows by a name of their own
 
