@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent.parent / "tests" / "batch"))
 
-from faults import KINDS, Trial, run, small_disk
+from kills import KINDS, Trial, run, small_disk
 
 _OF_EACH = {"runner": 5, "server": 2, "disk": 2, "two": 1}  # in ten trials
 _FAULTS = {"runner": 3, "server": 2, "disk": 2, "two": 1}  # of a trial

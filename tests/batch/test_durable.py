@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from batch_server import BatchServer
-from faults import Trial, run, small_disk
 from jobs import command, contents, expected, lowbit, read, write
+from kills import Trial, run, small_disk
 
 from lowbit import batch
 from lowbit.batch.job import Job
