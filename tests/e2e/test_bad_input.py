@@ -847,7 +847,7 @@ def test_an_earlier_file_survives_a_full_disk(good: Materials, call: Callable[[l
         (["pack", "{model}", "-o", "{out}", "--recipe", "nosuch"], "found 'nosuch'; expected one of q4_0"),
         (["train", "{model}", "-o", "{out}", "--recipe", "nosuch"], "no such recipe; found 'nosuch'"),
         (["ship", "{model}", "--out", "{out}", "--recipe", "nosuch"], "no such recipe; found 'nosuch'"),
-        (["ship", "{model}", "--out", "{out}", "--recipe", "int4_g32"], "gguf: this container does not have"),
+        (["ship", "{model}", "--out", "{out}", "--recipe", "int4_g32"], "GGUF lacks this format; found int4_g32"),
         (["ship", "{model}", "--out", "{out}", "--recipe", "f16"], "no low-bit weights to train; found f16"),
         (["ship", "{model}", "--out", "{out}", "--minutes", "0"], "--minutes: found '0'; expected a number of minutes"),
         (["ship", "{model}", "--out", "{out}", "--minutes", "abc"], "--minutes: found 'abc'; expected a number"),

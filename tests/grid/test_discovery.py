@@ -70,5 +70,5 @@ def test_a_file_that_misses_its_contract_says_so(package: ModuleType, fault: str
 def test_an_unknown_grid_is_refused_with_the_names() -> None:
     with pytest.raises(BadOption, match=r"'q3_x'; expected one of bf16, .*f16, f32, .*q4_0, .*q8_0"):
         grid.get("q3_x")
-    with pytest.raises(Unsupported, match="no grid for this ggml type; found 10"):
-        grid.by_ggml_type(10)
+    with pytest.raises(Unsupported, match="no grid for this ggml type; found 11"):
+        grid.by_ggml_type(11)
