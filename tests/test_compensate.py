@@ -34,7 +34,7 @@ def test_the_factor_is_one() -> None:
 
 
 def test_formats_with_scales_are_known() -> None:
-    assert set(KNOWN) == {"q4_0", "q4_1", "q4_k", "q5_0", "q5_1", "q5_k", "q6_k", "q8_0"}
+    assert set(KNOWN) == {"q2_k", "q4_0", "q4_1", "q4_k", "q5_0", "q5_1", "q5_k", "q6_k", "q8_0"}
 
 
 @pytest.mark.parametrize("name", KNOWN)
