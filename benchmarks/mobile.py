@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 import lowbit
+from fidelity import interval
 from lowbit import console
 from lowbit import grid as grids
 from lowbit.checkpoint import open_checkpoint
@@ -152,12 +153,6 @@ def _kld(reference: object, student: object, row: object) -> float:
     with torch.no_grad():
         p, q = (log_softmax(model(row[None]).logits[0].float(), -1) for model in (reference, student))  # type: ignore[operator, index]
         return float((p.exp() * (p - q)).sum(-1).mean())
-
-
-def interval(figure: dict[str, float] | None) -> str:
-    if figure is None:
-        return "undefined"
-    return f"{figure['value']:.4f} [{figure['low']:.4f}, {figure['high']:.4f}]"
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ SEQUENCES = np.random.default_rng(0).integers(3, 300, (3, 64)).astype(np.int32)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "E2B", "31B"])
-def test_the_same_function_and_less_damage(request: pytest.FixtureRequest, family: str) -> None:
-    with open_checkpoint(of_family(request, family)) as checkpoint, torch.no_grad():
+def test_the_same_function_and_less_damage(of_family: Callable[[str], Path], family: str) -> None:
+    with open_checkpoint(of_family(family)) as checkpoint, torch.no_grad():
         model = load(checkpoint)
         quantizer = kv_quant.quantizer_of(checkpoint, "q4_0:f16")
         _unbalance(model)
@@ -35,14 +35,6 @@ def test_the_same_function_and_less_damage(request: pytest.FixtureRequest, famil
         assert len(changed) < 2 * 3 + 1
     else:
         assert after < 0.6 * before, (before, after)
-
-
-def of_family(request: pytest.FixtureRequest, family: str) -> Path:
-    if family in ("llama", "qwen3"):
-        return request.getfixturevalue(f"tiny_{family}")(head_dim=64)
-    if family == "gemma3":
-        return request.getfixturevalue("tiny_gemma3")(head_dim=64, query_pre_attn_scalar=64)
-    return request.getfixturevalue("tiny_gemma4")(family, head_dim=64, global_head_dim=128)
 
 
 def _unbalance(model: torch.nn.Module) -> None:

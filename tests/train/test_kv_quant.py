@@ -97,10 +97,10 @@ def test_the_same_bytes_in_gemma_4(tiny_gemma4: Callable[..., Path], layout: str
 
 @pytest.mark.parametrize("kv_type", ["q4_0", "q8_0:q4_0"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "E2B", "31B", "26B-A4B"])
-def test_attention_is_llama_cpps(request: pytest.FixtureRequest, family: str, kv_type: str) -> None:
+def test_attention_is_llama_cpps(of_family: Callable[[str], Path], family: str, kv_type: str) -> None:
     """The whole model against llama.cpp with that cache: what is left is its rounding of queries to Q8_0 and sums in
     another order, which move keys near the middle between two codes. It is a small part of what the cache does."""
-    folder = of_family(request, family)
+    folder = of_family(family)
     path = packed(folder)
     with open_checkpoint(folder) as checkpoint, torch.no_grad():
         model = load(checkpoint)
@@ -116,14 +116,6 @@ def test_attention_is_llama_cpps(request: pytest.FixtureRequest, family: str, kv
     done, missed = divergence(plain, real), divergence(simulated, real)
     most = 0.5 if family == "26B-A4B" else 0.25  # its tokens may be sent to other experts
     assert done > 1e-4 and missed < most * done, (done, missed)
-
-
-def of_family(request: pytest.FixtureRequest, family: str) -> Path:
-    if family in ("llama", "qwen3"):
-        return request.getfixturevalue(f"tiny_{family}")(head_dim=64)
-    if family == "gemma3":
-        return request.getfixturevalue("tiny_gemma3")(head_dim=64, query_pre_attn_scalar=64)
-    return request.getfixturevalue("tiny_gemma4")(family, head_dim=64, global_head_dim=128)
 
 
 def log_softmax(logits: torch.Tensor) -> torch.Tensor:

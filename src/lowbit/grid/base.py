@@ -69,10 +69,6 @@ class Grid(ABC):
         """Bytes that a row of ``n`` weights, whole blocks, is stored in."""
         return n // self.block_size * self.block_bytes + self.scale_bytes
 
-    def scale_group(self, n: int) -> int:
-        """Weights that share a scale in a row of ``n``."""
-        return n if self.whole_rows else self.block_size
-
     @property
     def code_range(self) -> tuple[int, int]:
         """The least and the greatest code of evenly spaced ones, unsigned ones included."""
