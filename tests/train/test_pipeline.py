@@ -151,6 +151,15 @@ def test_unseen_sequences_are_kept_from_all_of_training(
     assert klds[-1] == pytest.approx(klds[0], rel=0.05)  # from a start this good twelve steps gain little
 
 
+def test_training_helps_with_text_that_it_has_not_seen(
+    tiny_llama: Callable[..., Path], prose: str, tmp_path: Path
+) -> None:
+    options = TrainOptions(data=prose, start="nearest", learning_rate=1e-3, **FEW | {"steps": 12, "batch_size": 2})
+    done = lowbit.train(tiny_llama(), tmp_path / "out", options=options)
+    klds = [point["kld"] for point in done.record["curve"] if "kld" in point]
+    assert len(klds) >= 2 and klds[-1] < 0.8 * klds[0]
+
+
 def test_a_killed_calibration_goes_on(
     tiny_llama: Callable[..., Path], prose: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
