@@ -1,4 +1,4 @@
-"""How this process was started: alone, or as one of several by torchrun, ``accelerate launch`` or Ray."""
+"""How this process was started: alone, or as one of several by torchrun or ``accelerate launch``."""
 
 from __future__ import annotations
 

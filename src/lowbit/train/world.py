@@ -1,4 +1,4 @@
-"""The processes that train one model together, as torchrun, accelerate or Ray start them.
+"""The processes that train one model together, as torchrun and accelerate start them.
 
 They agree on everything that decides how often they gather: what one of them measures or counts is process 0's
 figure everywhere, so that none waits for a gathering that another does not join.
