@@ -12,6 +12,7 @@ from batch_server import BatchServer, free_port
 from jobs import contents, expected, lowbit, write
 
 from lowbit import batch
+from lowbit.batch.engines import EngineOptions, open_engine
 from lowbit.batch.options import BatchOptions
 from lowbit.errors import BadOption, RuntimeFailed
 
@@ -41,6 +42,19 @@ def test_a_dead_server_is_rested_and_named_and_its_items_go_to_others(tmp_path: 
     assert told[server.url]["state"] == "answers"
     done = lowbit("status", source)
     assert f"{dead}: 0 answered, 4 at a time, rests" in done.stdout
+
+
+def test_servers_are_told_by_their_urls_and_without_passwords(tmp_path: Path) -> None:
+    """Also where the model was named, which is one for both."""
+    source = write(tmp_path / "in.jsonl", SAID)
+    with BatchServer() as one, BatchServer() as other:
+        with_password = other.url.replace("://", "://me:secret@")
+        given = [one.url, with_password]
+        ran = batch.run(source, tmp_path / "out.jsonl", endpoint=given, endpoint_model="m")
+    assert {told["url"] for told in ran.status.servers} == {one.url, other.url}
+    assert "secret" not in open_engine(EngineOptions(endpoints=(with_password,))).place()  # which the journal keeps
+    kept = b"".join(path.read_bytes() for path in ran.folder.rglob("*") if path.is_file())
+    assert b"secret" not in kept
 
 
 def test_a_busy_server_is_left_alone_for_as_long_as_it_asks(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ class HttpUpstream:
         if not url.startswith(("http://", "https://")):
             raise BadOption("not the URL of a server", found=url[:100], expected="http://HOST:PORT/v1")
         self.url, self.model = url.rstrip("/"), model
-        self.name = model or _shown(self.url)
+        self.name = model or shown(self.url)
         self.dialect: str | None = None
         self.holds: set[str] = set()
         self.refused: set[str] = set()
@@ -241,7 +241,7 @@ async def _read(response: Any, most: int) -> bytes:
     return b"".join(parts)
 
 
-def _shown(url: str) -> str:
+def shown(url: str) -> str:
     """A URL for people: without the user and password that it may have."""
     scheme, _, rest = url.partition("://")
     host, slash, path = rest.partition("/")

@@ -16,6 +16,7 @@ from lowbit.batch.engines.base import Caller, CarefulUpstream, Engine, EngineOpt
 from lowbit.batch.items import Item
 from lowbit.errors import BadOption
 from lowbit.harness import Harness, HarnessError, UpstreamFailed
+from lowbit.harness.upstream import shown
 
 _SLOTS = 16  # where a server does not say how many it has
 _FAULTS = 3  # answers of 5xx, or none in time, one after the other: it is the server
@@ -92,7 +93,7 @@ class Endpoint:
         """For status."""
         state = "answers" if self.why is None else "refuses" if self.final else "rests"
         return {
-            "url": self.upstream.name,
+            "url": shown(self.url),
             "slots": self.slots,
             "answered": self.answered,
             "state": state,
@@ -103,7 +104,7 @@ class Endpoint:
         if self.left > 0:  # others that were under way
             return
         if self.why is None:
-            console.log(f"{self.upstream.name} is given a rest: {why}")
+            console.log(f"{shown(self.url)} is given a rest: {why}")
         self._rest = max(after, min(_LONGEST, max(_REST, 2 * self._rest)))
         self.why, self._faults, self._until = why, 0, time.monotonic() + self._rest
 
@@ -133,7 +134,7 @@ class Endpoints(Engine):
         return not all(endpoint.known for endpoint in self._all)
 
     def place(self) -> str:
-        return ", ".join(sorted(self.options.endpoints))
+        return ", ".join(sorted(shown(url) for url in self.options.endpoints))
 
     def told(self) -> list[dict[str, Any]]:
         return [endpoint.told() for endpoint in self._all]
