@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunks", metavar="N", type=int, default=8, help="of 512 tokens (default: 8)")
     parser.add_argument("--threads", metavar="N", type=int, default=1)
     parser.add_argument("--folder", metavar="DIR", help="where the packed files go and stay (default: a temporary one)")
+    parser.add_argument("--reference-runtime", metavar="NAME", help="lowbit runs the F16 there (default: llama.cpp)")
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -57,6 +57,7 @@ def compare(model: str, folder: Path, scratch: Path, args: argparse.Namespace) -
     reference = llama_perplexity.packed(model, "f16", folder)
     artifact = llama_perplexity.packed(model, "q4_0", folder)
     logits, cache = scratch / "logits", scratch / f"{model}.cache"
+    where = ["--reference-runtime", args.reference_runtime] if args.reference_runtime else []
 
     def lowbit(*more: object) -> Run:
         words = [sys.executable, "-m", "lowbit", "--quiet", "measure", artifact, "--text", args.text, "--no-speed"]
@@ -76,7 +77,7 @@ def compare(model: str, folder: Path, scratch: Path, args: argparse.Namespace) -
     both()  # fills the page cache
     lowbit("--against", reference, "--reference-cache", cache)
     kinds: list[tuple[str, int, Callable[[], Run], Callable[[], Run]]] = [
-        ("both files", 2, both, lambda: lowbit("--against", reference)),
+        ("both files", 2, both, lambda: lowbit("--against", reference, *where)),
         ("reference kept", 1, divergence, lambda: lowbit("--reference-cache", cache)),
     ]
     for name, files, theirs, ours in kinds:

@@ -59,7 +59,9 @@ def compare(model: str, folder: Path, logits: Path, args: argparse.Namespace) ->
     artifact = llama_perplexity.packed(model, "q4_0", folder)
     base = llama_perplexity.run(args, reference, "--save-all-logits", logits)
     theirs = llama_perplexity.run(args, artifact, "--kl-divergence", "--kl-divergence-base", logits)
-    options = MeasureOptions(chunks=args.chunks, threads=args.threads, speed=False, memory=False)
+    options = MeasureOptions(
+        chunks=args.chunks, threads=args.threads, speed=False, memory=False, reference_runtime=args.reference_runtime
+    )
     ours = lowbit.measure(artifact, against=reference, text=args.text, options=options)  # type: ignore[operator]
     coded, apart = through_16_bits(reference, artifact, logits, args)
     found = ours["artifacts"][0]["fidelity"]
