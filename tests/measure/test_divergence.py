@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lowbit.measure.divergence import kl, kl_of_likely, softmax
+from lowbit.compact import softmax
+from lowbit.measure.divergence import kl, kl_of_likely
 from lowbit.measure.fidelity import Scores, compare
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -189,7 +190,7 @@ def _with_header(cache: Path, path: Path, change: Any) -> None:
     change(header)
     text = json.dumps(header, sort_keys=True, ensure_ascii=False).encode()
     body = whole[:8] + len(text).to_bytes(4, "little") + text + whole[12 + length : -32]
-    path.write_bytes(body + reference_cache.hashlib.sha256(body).digest())
+    path.write_bytes(body + hashlib.sha256(body).digest())
 
 
 def test_the_header_says_what_it_is_of(cache: Path, folder: Path) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from lowbit import compact
+from lowbit.compact import Layout, softmax
 from lowbit.measure import sketch
-from lowbit.measure.divergence import kl, softmax
-from lowbit.measure.sketch import Layout, Parts
+from lowbit.measure.divergence import kl
+from lowbit.measure.sketch import Parts
 
 
 def logits(rows: int, n_vocab: int, seed: int, spoil: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
@@ -22,7 +24,7 @@ def kept(layout: Layout, rows: np.ndarray, following: np.ndarray, seed: int) -> 
     records, scratch = np.zeros(len(rows), layout.dtype), np.empty(layout.n_vocab, np.float32)
     uniform = np.random.default_rng(seed).random(len(rows))
     for i, row in enumerate(rows):
-        sketch.keep(layout, row, int(following[i]), uniform[i], records[i : i + 1], scratch)
+        compact.keep(layout, row, int(following[i]), uniform[i], records[i : i + 1], scratch)
     return records
 
 
@@ -36,7 +38,7 @@ def exact(of_p: np.ndarray, of_q: np.ndarray) -> np.ndarray:
 
 
 def estimated(layout: Layout, records: np.ndarray, of_q: np.ndarray) -> sketch.Divergence:
-    ids, _ = sketch.unpack(layout, records)
+    ids, _ = compact.unpack(layout, records)
     log_sums = np.logaddexp.reduce(of_q.astype(np.float64), axis=1)
     log_q = np.take_along_axis(of_q, ids, 1) - log_sums[:, None]
     parts = Parts.empty(len(records))
@@ -47,18 +49,18 @@ def estimated(layout: Layout, records: np.ndarray, of_q: np.ndarray) -> sketch.D
 @pytest.mark.parametrize("n_vocab", [2, 53, 54, 300, 49_152, 151_936, 262_144, 300_000])
 def test_a_scored_token_takes_at_most_300_bytes(n_vocab: int) -> None:
     layout = Layout.of(n_vocab)
-    assert layout.dtype.itemsize <= sketch.RECORD_BYTES
+    assert layout.dtype.itemsize <= compact.RECORD_BYTES
     assert layout.dtype.itemsize + 4 * 512 / 255 <= 300  # with the chunk's token ids
     assert layout.step < 1e-5
     rows, _ = logits(3, n_vocab, 0)
     records = kept(layout, rows, np.array([0, 1, n_vocab - 1]), 0)
-    ids, log_p = sketch.unpack(layout, records)
+    ids, log_p = compact.unpack(layout, records)
     expected = rows - np.logaddexp.reduce(rows.astype(np.float64), axis=1)[:, None]
     np.testing.assert_allclose(log_p, np.maximum(np.take_along_axis(expected, ids, 1), -32), atol=layout.step)
     np.testing.assert_allclose(records["nll"], -expected[np.arange(3), [0, 1, n_vocab - 1]], atol=1e-6)
     np.testing.assert_array_equal(records["top"], rows.argmax(1))
     np.testing.assert_allclose(records["entropy"], -(np.exp(expected) * expected).sum(1), atol=1e-5)
-    assert sketch.wrong(layout, records) is None
+    assert compact.wrong(layout, records) is None
 
 
 def test_the_estimate_is_right_in_the_mean_and_its_variance_is_claimed() -> None:
@@ -138,4 +140,4 @@ def test_records_that_cannot_be_are_found() -> None:
     for field, value in (("nll", np.nan), ("entropy", -3), ("tail", 2), ("top", 3000), ("head", 54), ("entries", 255)):
         bad = good.copy()
         bad[field][3] = value
-        assert "row 3" in (sketch.wrong(layout, bad) or "")
+        assert "row 3" in (compact.wrong(layout, bad) or "")

@@ -11,39 +11,10 @@ as long as the two rows differ by a nat or so. They do not; tests hold every row
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 
-
-@dataclass(frozen=True)
-class Softmax:
-    """A row's normalization.
-
-    top:     the most probable token, the lowest id of equals
-    peak:    its logit
-    total:   sum over the vocabulary of exp(logit - peak)
-    weights: float32 (n_vocab,), exp(logit - peak); the caller's scratch
-    """
-
-    top: int
-    peak: float
-    total: float
-    weights: np.ndarray
-
-    @property
-    def log_sum(self) -> float:
-        """log of the sum of exp(logit): a logit minus this is a log probability."""
-        return self.peak + math.log(self.total)
-
-
-def softmax(logits: np.ndarray, out: np.ndarray) -> Softmax:
-    """logits: float32 (n_vocab,). out: float32 (n_vocab,), becomes ``weights``."""
-    top = int(logits.argmax())
-    peak = logits[top]
-    np.subtract(logits, peak, out=out)
-    np.exp(out, out=out)
-    return Softmax(top, float(peak), float(out.sum(dtype=np.float64)), out)
+from lowbit.compact import Softmax
 
 
 def kl(p: Softmax, q: Softmax, of_p: np.ndarray, of_q: np.ndarray, scratch: np.ndarray) -> float:

@@ -23,10 +23,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from lowbit.compact import softmax
 from lowbit.errors import BadOption, RuntimeFailed, Unsupported
 from lowbit.measure._probe import peak_bytes_of
 from lowbit.measure.bootstrap import Bootstrap
-from lowbit.measure.divergence import softmax
 from lowbit.measure.in_step import in_step
 from lowbit.measure.opening import check_tokens, check_vocabulary
 from lowbit.measure.record import Figure, as_json, exact, repeated

@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from lowbit import compact
+from lowbit.compact import softmax
 from lowbit.measure import sketch
 from lowbit.measure.bootstrap import Bootstrap
-from lowbit.measure.divergence import kl, kl_of_likely, softmax
+from lowbit.measure.divergence import kl, kl_of_likely
 from lowbit.measure.in_step import in_step
 from lowbit.measure.record import Figure, exact
 from lowbit.measure.reference_cache import ReferenceCache
@@ -145,7 +147,7 @@ def score_kept(
 
 
 def _score_rows(
-    layout: sketch.Layout,
+    layout: compact.Layout,
     records: np.ndarray,
     rows: np.ndarray,
     following: np.ndarray,
@@ -153,7 +155,7 @@ def _score_rows(
     at: tuple[int, slice],
     threads: int,
 ) -> None:
-    ids, _ = sketch.unpack(layout, records)
+    ids, _ = compact.unpack(layout, records)
     log_q, least = np.empty(ids.shape), np.empty(len(records))
     scores, parts = into
     nll, same_top = scores.nll[at], scores.same_top[at]  # views

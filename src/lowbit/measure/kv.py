@@ -20,10 +20,11 @@ from typing import Any
 
 import numpy as np
 
+from lowbit.compact import softmax
 from lowbit.errors import BadOption
 from lowbit.measure import statistics
 from lowbit.measure.bootstrap import Bootstrap
-from lowbit.measure.divergence import kl, softmax
+from lowbit.measure.divergence import kl
 from lowbit.measure.in_step import in_step
 from lowbit.run.base import Runtime
 from lowbit.threads import in_order

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fuzzing.mutate import Choices, mutate_bytes, mutate_json
+from lowbit import compact
 from lowbit.measure import sketch
 from lowbit.measure.reference_cache import ReferenceCache
 
@@ -31,6 +32,6 @@ def reference_cache(place: Place, choices: Choices) -> None:
     with ReferenceCache(path) as cache:
         for chunk in range(min(cache.header.chunks, 4)):
             records = cache.records(chunk)
-            ids, _ = sketch.unpack(cache.layout, records)
+            ids, _ = compact.unpack(cache.layout, records)
             found = sketch.parts(cache.layout, records, np.full(ids.shape, -3.0), np.full(len(ids), -9.0)).settled()
             assert np.isfinite(found.estimate).all() and (found.low <= found.high).all()
