@@ -25,7 +25,7 @@ ORDER = (
     ("run",),
     ("harness",),
     ("train",),
-    ("calibrate", "pack"),
+    ("calibrate", "pack", "reference"),
     ("plan",),
     ("measure",),
     ("release",),

@@ -10,7 +10,10 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_VERBS = ("ship", "train", "calibrate", "pack", "imatrix", "inspect", "plan", "measure", "check", "report", "batch")
+_VERBS = (
+    "ship", "train", "reference", "calibrate", "pack", "imatrix", "inspect", "plan", "measure", "check", "report",
+    "batch",
+)  # fmt: skip
 
 __all__ = ["__version__", *_VERBS]
 

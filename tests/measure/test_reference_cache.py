@@ -12,7 +12,7 @@ import pytest
 from tiny_gguf import prose, write_tiny
 
 from lowbit.errors import BadFile, BadOption, CannotWrite, NotFound
-from lowbit.measure import MeasureOptions, measure, reference_cache
+from lowbit.measure import MeasureOptions, measure
 from lowbit.measure.reference_cache import Header, ReferenceCache
 from lowbit.run.llama_cpp import LlamaCpp
 

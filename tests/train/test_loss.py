@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
+from lowbit import compact
 from lowbit.train import HiddenTargets, TopKTargets, distillation_loss
+from lowbit.train.forms import Compact, Targets
 from lowbit.train.loss import top_k_targets
 
+KINDS = ("hidden", "topk", "compact")
 POSITIONS, WIDTH, VOCABULARY, K = 150, 16, 90, 7  # positions: more than two of the loss's portions, no multiple
 
 
@@ -25,19 +29,54 @@ class Case:
     def log_p(self) -> torch.Tensor:
         return F.log_softmax(self.teacher.double() @ self.teacher_head.double().T, -1)
 
-    def targets(self, kind: str) -> HiddenTargets | TopKTargets:
+    def targets(self, kind: str, seed: int = 0) -> Targets:
         if kind == "hidden":
             return HiddenTargets(self.teacher, self.teacher_head)
+        if kind == "compact":
+            return self._compact(seed).targets(self.records(seed), None, torch.device("cpu"))
         tokens, log_p = top_k_targets(self.teacher, self.teacher_head, K)
         return TopKTargets(tokens.long(), log_p)
+
+    def _compact(self, seed: int = 0) -> Compact:
+        return Compact(len(self.teacher_head), seed)
+
+    def records(self, seed: int = 0) -> dict[str, np.ndarray]:
+        form, tokens = self._compact(seed), np.zeros((1, len(self.teacher)), np.int32)
+        said = form.said(self.teacher[None], self.teacher_head, tokens, 0)
+        return {name: values.numpy() for name, values in said.items()}
+
+    def kept(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Ids (n, k), their log probabilities, which of them are the head's, and the tail's mass (n, 1), float64."""
+        layout = self._compact().layout
+        records = self.records()["records"].view(layout.dtype).reshape(-1)
+        ids, log_p = (torch.from_numpy(part) for part in compact.unpack(layout, records))
+        in_head = torch.arange(layout.entries) < torch.from_numpy(records["head"].astype(np.int64))[:, None]
+        return ids, log_p, in_head, torch.from_numpy(records["tail"].astype(np.float64))[:, None]
 
     def plain(self, kind: str, hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         """The loss as its definition has it, float64, differentiable by autograd alone."""
         log_p, log_q = self.log_p(), F.log_softmax(hidden @ head.T, -1)
+        if kind == "compact":
+            return self._plain_compact(log_q)
         if kind == "topk":
             order = log_p.argsort(-1, descending=True)
             log_p, log_q = (_with_tail(x.gather(-1, order)) for x in (log_p, log_q))
         return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+    def _plain_compact(self, log_q: torch.Tensor) -> torch.Tensor:
+        """A row at a time: the head and the tail as outcomes, and how the drawn stand to each other."""
+        losses = []
+        for ids, log_p, in_head, tail, row in zip(*self.kept(), log_q, strict=True):
+            p, of_head = log_p[in_head].exp(), ids[in_head]
+            in_tail = torch.ones(VOCABULARY, dtype=torch.bool)
+            in_tail[of_head] = False
+            loss = (p * (log_p[in_head] - row[of_head])).sum()
+            if tail > 0:
+                loss = loss + (tail * (tail.log() - row[in_tail].logsumexp(0)))[0]
+                apart = row[ids[~in_head]] - log_p[~in_head]
+                loss = loss + (tail * (apart.exp().mean().log() - apart.mean()))[0]
+            losses.append(loss)
+        return torch.stack(losses).mean()
 
     def expected(self, kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Value, gradient by hidden states, gradient by head."""
@@ -51,7 +90,7 @@ def _with_tail(ordered: torch.Tensor) -> torch.Tensor:
     return torch.cat([ordered[:, :K], ordered[:, K:].logsumexp(-1, keepdim=True)], -1)
 
 
-@pytest.mark.parametrize("kind", ["hidden", "topk"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_value_and_gradients(kind: str) -> None:
     case = Case()
     hidden, head = case.hidden.clone().requires_grad_(), case.head.clone().requires_grad_()
@@ -66,7 +105,7 @@ def test_value_and_gradients(kind: str) -> None:
     torch.testing.assert_close(head.grad.double(), 3 * for_head, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("kind", ["hidden", "topk"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_finite_differences(kind: str) -> None:
     case = Case(seed=1)
     hidden, head = case.hidden.clone().requires_grad_(), case.head.clone().requires_grad_()
@@ -83,7 +122,7 @@ def test_finite_differences(kind: str) -> None:
     torch.testing.assert_close((ahead - behind) / (2 * step), slope, rtol=1e-2, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["hidden", "topk"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_frozen_head_changes_nothing_for_the_rest(kind: str) -> None:
     case = Case()
     together = case.hidden.clone().requires_grad_()
@@ -94,7 +133,7 @@ def test_a_frozen_head_changes_nothing_for_the_rest(kind: str) -> None:
     assert torch.equal(alone.grad, together.grad)
 
 
-@pytest.mark.parametrize("kind", ["hidden", "topk"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_reference_itself_loses_nothing(kind: str) -> None:
     case = Case()
     hidden, head = case.teacher.clone().requires_grad_(), case.teacher_head.clone().requires_grad_()
@@ -104,6 +143,18 @@ def test_the_reference_itself_loses_nothing(kind: str) -> None:
     assert loss.detach().abs() < 1e-6
     assert hidden.grad.abs().max() < 1e-8
     assert head.grad.abs().max() < 1e-7
+
+
+def test_compact_targets_are_in_the_mean_just_below_the_exact_divergence() -> None:
+    case = Case(seed=4)
+    case.teacher_head *= 0.3  # flat rows, so that much is drawn
+    case.head = case.teacher_head + 0.1 * torch.randn(VOCABULARY, WIDTH, generator=torch.Generator().manual_seed(5))
+    _, _, in_head, tail = case.kept()
+    assert (~in_head).sum() > len(in_head) and tail.mean() > 0.1
+    exact = float(distillation_loss(case.hidden, case.head, case.targets("hidden")))
+    found = [float(distillation_loss(case.hidden, case.head, case.targets("compact", seed))) for seed in range(100)]
+    assert 0 < np.std(found) < 0.05 * exact
+    assert 0.97 * exact < np.mean(found) <= exact + 3 * np.std(found) / 10
 
 
 def test_top_k_is_a_lower_bound_that_all_tokens_reach() -> None:
@@ -137,7 +188,7 @@ def test_the_tail_of_a_sure_student_is_not_lost() -> None:
     torch.testing.assert_close(gradient.double(), expected, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["hidden", "topk"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_certain_predictions_stay_finite(kind: str) -> None:
     case = Case(sure=60.0)
     hidden, head = case.hidden.clone().requires_grad_(), case.head.clone().requires_grad_()

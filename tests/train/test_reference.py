@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from lowbit.train.forms import Compact, Form, Hidden, TopK
 from lowbit.train.loss import HiddenTargets, TopKTargets
-from lowbit.train.reference import ReferenceCache
+from lowbit.train.reference import OwnReference, ReferenceCache
 
 N, LENGTH, K = 20, 6, 5
-KINDS = {"hidden": None, "topk": K}
+CPU = torch.device("cpu")
+KINDS = {"hidden": None, "topk": K, "compact": "compact"}
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +31,15 @@ def sequences() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 320, (N, LENGTH), dtype=np.int32)
 
 
-def new_cache(folder: Path, model: Any, top_k: int | None) -> ReferenceCache:
-    return ReferenceCache(folder, N, LENGTH, model.config.hidden_size, top_k)
+def new_cache(folder: Path, model: Any, kind: int | str | None) -> ReferenceCache:
+    form: Form = Hidden(model.config.hidden_size)
+    if kind is not None:
+        form = TopK(K) if kind == K else Compact(model.config.vocab_size, seed=3)
+    return ReferenceCache(folder, N, LENGTH, form)
+
+
+def fill(cache: ReferenceCache, model: Any, sequences: np.ndarray, **more: Any) -> int:
+    return cache.fill(OwnReference(model, torch.float32, cache.form), sequences, **more)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -63,61 +72,61 @@ class Counting:
 
 @pytest.mark.parametrize("top_k", KINDS.values(), ids=KINDS)
 def test_stopped_and_resumed_gives_the_same_bytes(
-    top_k: int | None, model: Any, sequences: np.ndarray, tmp_path: Path
+    top_k: int | str | None, model: Any, sequences: np.ndarray, tmp_path: Path
 ) -> None:
-    assert new_cache(tmp_path / "whole", model, top_k).fill(model, sequences, torch.float32, batch=2) == N
+    assert fill(new_cache(tmp_path / "whole", model, top_k), model, sequences, batch=2) == N
     first = new_cache(tmp_path / "parts", model, top_k)
-    assert first.fill(model, sequences, torch.float32, batch=2, may_go_on=Counting(stop=6)) == 6
+    assert fill(first, model, sequences, batch=2, may_go_on=Counting(stop=6)) == 6
     second = new_cache(tmp_path / "parts", model, top_k)
     assert second.done == 6
-    assert second.fill(model, sequences, torch.float32, batch=2, until=10) == 10
+    assert fill(second, model, sequences, batch=2, until=10) == 10
     third = new_cache(tmp_path / "parts", model, top_k)
     going = Counting()
-    assert third.fill(model, sequences, torch.float32, batch=2, may_go_on=going) == N
+    assert fill(third, model, sequences, batch=2, may_go_on=going) == N
     assert going.asked == list(range(10, N, 2))  # nothing twice
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("top_k", KINDS.values(), ids=KINDS)
 def test_killed_between_two_notes_gives_the_same_bytes(
-    top_k: int | None, model: Any, sequences: np.ndarray, tmp_path: Path
+    top_k: int | str | None, model: Any, sequences: np.ndarray, tmp_path: Path
 ) -> None:
-    new_cache(tmp_path / "whole", model, top_k).fill(model, sequences, torch.float32, batch=1)
+    fill(new_cache(tmp_path / "whole", model, top_k), model, sequences, batch=1)
     first = new_cache(tmp_path / "parts", model, top_k)
     with pytest.raises(Killed):
-        first.fill(model, sequences, torch.float32, batch=1, may_go_on=Counting(kill=13))
+        fill(first, model, sequences, batch=1, may_go_on=Counting(kill=13))
     noted = json.loads((tmp_path / "parts" / "rows.json").read_text())
     assert 0 < noted <= 13
     going = Counting()
-    new_cache(tmp_path / "parts", model, top_k).fill(model, sequences, torch.float32, batch=1, may_go_on=going)
+    fill(new_cache(tmp_path / "parts", model, top_k), model, sequences, batch=1, may_go_on=going)
     assert going.asked[0] == noted
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
 def test_from_any_row_on_what_was_done_is_noted_now_and_then(model: Any, sequences: np.ndarray, tmp_path: Path) -> None:
     cache = new_cache(tmp_path, model, None)
-    cache.fill(model, sequences, torch.float32, batch=2, until=1)  # no multiple of the batches that follow
+    fill(cache, model, sequences, batch=2, until=1)  # no multiple of the batches that follow
     with pytest.raises(Killed):
-        cache.fill(model, sequences, torch.float32, batch=2, may_go_on=Counting(kill=19))
+        fill(cache, model, sequences, batch=2, may_go_on=Counting(kill=19))
     assert json.loads((tmp_path / "rows.json").read_text()) > 1
 
 
 def test_a_lost_array_is_asked_for_again(model: Any, sequences: np.ndarray, tmp_path: Path) -> None:
-    new_cache(tmp_path, model, K).fill(model, sequences, torch.float32)
+    fill(new_cache(tmp_path, model, K), model, sequences)
     before = contents(tmp_path)
     (tmp_path / "tokens.npy").unlink()
     again = new_cache(tmp_path, model, K)
     assert again.done == 0
-    again.fill(model, sequences, torch.float32)
+    fill(again, model, sequences)
     assert contents(tmp_path) == before
 
 
 def test_hidden_targets_give_the_exact_divergence(model: Any, sequences: np.ndarray, tmp_path: Path) -> None:
     cache = new_cache(tmp_path, model, None)
-    cache.fill(model, sequences, torch.float32)
+    fill(cache, model, sequences)
     rows = torch.tensor([13, 2, 7])  # in the order that is asked for
     head = model.get_output_embeddings().weight.detach()
-    targets = cache.targets(rows, head)
+    targets = cache.targets(rows, head, CPU)
     assert isinstance(targets, HiddenTargets)
     log_p = F.log_softmax(logits(model, sequences[rows.numpy()]), -1)
     student = logits(model, sequences[[4, 5, 6]])
@@ -137,9 +146,9 @@ def test_hidden_targets_give_the_exact_divergence(model: Any, sequences: np.ndar
 
 def test_top_k_targets_are_what_the_model_says(model: Any, sequences: np.ndarray, tmp_path: Path) -> None:
     cache = new_cache(tmp_path, model, K)
-    cache.fill(model, sequences, torch.float32)
+    fill(cache, model, sequences)
     rows = torch.tensor([13, 2, 7])
-    targets = cache.targets(rows, model.get_output_embeddings().weight.detach())
+    targets = cache.targets(rows, None, CPU)
     assert isinstance(targets, TopKTargets)
     top = F.log_softmax(logits(model, sequences[rows.numpy()]), -1).topk(K)
     assert targets.tokens.dtype == torch.int64

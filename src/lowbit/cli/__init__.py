@@ -22,6 +22,7 @@ from lowbit.errors import LowbitError
 VERBS = {
     "ship": "train, pack, measure and report: one command to the artifact that ships",
     "train": "quantization-aware training by distillation, on the exact grid of the target format",
+    "reference": "ask a model once, for trainings that learn from a file or from another process",
     "pack": "write a checkpoint as GGUF, MLX or compressed-tensors, with a certificate",
     "calibrate": "measure what each weight does to the output, for pack --calibration",
     "imatrix": "what matters to a model: an importance matrix, collected in llama.cpp",
@@ -103,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if debug:
             raise
-        resumable = verb in ("ship", "train", "batch") or (verb == "pack" and "--verify" not in words)
+        resumable = verb in ("ship", "train", "batch", "reference") or (verb == "pack" and "--verify" not in words)
         resumable |= verb == "measure" and "--json" in words and bool(_JOURNALED & set(words))
         return _fail("interrupted" + ("; the same command goes on from here" if resumable else ""), INTERRUPTED)
     except LowbitError as error:

@@ -9,7 +9,7 @@ NAMES = ("minutes", "steps", "recipe", "data", "seed", "threads", "start", "trai
 # Left to TrainOptions where they are not given, so that a default is written once and --help needs no torch.
 FINER = (
     "targets", "learning_rate", "scale_rate", "warmup_steps", "batch_size", "accumulate", "sequence_length", "clip",
-    "precision", "kv", "kv_share",
+    "precision", "kv", "kv_share", "reference",
 )  # fmt: skip
 
 
@@ -76,6 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SOURCE",
         help="a text file, JSONL (text or messages), Parquet, or a datasets id; default: sampled from the model itself",
     )
+    group.add_argument(
+        "--reference",
+        metavar="FILE|URL",
+        help="what to learn from: a file of `lowbit reference`, which holds the data too, or the URL where one answers "
+        "(default: the model itself, asked before it is trained)",
+    )
     group.add_argument("--seed", type=whole, default=0, metavar="N", help="of sampling and training (default: 0)")
     group.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all it may use)")
     group.add_argument(
@@ -103,7 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "before products, as llama.cpp does (default: float)",
     )
     finer = parser.add_argument_group("training, finer", "the defaults suit a model of some hundred million weights")
-    finer.add_argument("--targets", metavar="T", help="hidden (exact probabilities, the default) or topk:K")
+    finer.add_argument("--targets", metavar="T", help="hidden (exact probabilities, the default), topk:K or compact")
     finer.add_argument(
         "--learning-rate",
         type=positive_number,

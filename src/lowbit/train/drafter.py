@@ -26,7 +26,6 @@ from lowbit.train.moments import EMBEDDING
 from lowbit.train.options import TrainOptions
 from lowbit.train.pipeline import Run, TrainResult, check_free, run_key
 from lowbit.train.record import describe
-from lowbit.train.reference import ReferenceCache
 from lowbit.train.world import join
 
 _SAMPLING_SHARE = 0.3  # a drafter meets nothing but its target's writing
@@ -51,6 +50,8 @@ def train_drafter(
         hint = "Start the command by itself, without torchrun or accelerate"
         raise Unsupported("a drafter is trained by one process", found=f"{launch.size()} processes", hint=hint)
     options = options or TrainOptions()
+    if options.reference is not None:
+        raise Unsupported("a drafter learns from its target, in this process", found=f"reference {options.reference}")
     start = time.monotonic()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -113,8 +114,7 @@ class _DrafterRun(Run):
 
     def ask(self) -> None:
         """What the target says of each sequence; after that it is not needed any more."""
-        n, width = len(self.sequences), self.model.config.hidden_size
-        self.cache = ReferenceCache(self.work / "reference", n, self.length, width, self.options.top_k)
+        self.cache = self._open_cache(len(self.sequences))
         self.ask_reference()
         self.model = self.student
 

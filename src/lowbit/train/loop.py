@@ -27,7 +27,7 @@ from lowbit.train.loss import distillation_loss
 from lowbit.train.model import quiet_transformers
 from lowbit.train.options import TrainOptions
 from lowbit.train.precision import autocast
-from lowbit.train.reference import ReferenceCache
+from lowbit.train.reference import Kept
 from lowbit.train.storage import save_tensors, writing
 from lowbit.train.world import ALONE
 from lowbit.units import format_duration
@@ -99,7 +99,7 @@ class SequenceOrder(IterableDataset):  # type: ignore[type-arg]
 
 
 class DistillationTrainer(Trainer):
-    """Trains a prepared model towards a ReferenceCache. Saves what it trains, not what can be made again.
+    """Trains a prepared model towards what is kept of the reference. Saves what it trains, not what can be made again.
 
     The last ``held_out`` rows of the sequences are never trained on: the KLD on them is that of unseen text.
     """
@@ -110,8 +110,8 @@ class DistillationTrainer(Trainer):
         *,
         options: TrainOptions,
         sequences: np.ndarray,
-        cache: ReferenceCache,
-        reference_head: torch.Tensor,
+        cache: Kept,
+        reference_head: torch.Tensor | None,
         dtype: torch.dtype,
         schedule: Schedule,
         folder: Path,
@@ -179,7 +179,7 @@ class DistillationTrainer(Trainer):
         """Mean KL(reference || student) over tokens (B, T), which are the cache's ``rows`` (B)."""
         with autocast(tokens.device, self.dtype), simulated(self.model, self.kv):
             hidden = model.model(tokens, use_cache=False).last_hidden_state
-        targets = self.cache.targets(rows, self.reference_head)
+        targets = self.cache.targets(rows, self.reference_head, tokens.device)
         return distillation_loss(hidden.flatten(0, 1).float(), self._student_head(model), targets)
 
     @torch.no_grad()

@@ -45,11 +45,12 @@ class _Distillation(torch.autograd.Function):
         return for_hidden * gradients[0], None if for_head is None else for_head * gradients[0], None
 
 
-def distillation_loss(hidden: torch.Tensor, head: torch.Tensor, reference: HiddenTargets | TopKTargets) -> torch.Tensor:
+def distillation_loss(hidden: torch.Tensor, head: torch.Tensor, reference: Any) -> torch.Tensor:
     """Mean KL(reference || student) in nats.
 
     hidden: (n, width) float32, the student's final hidden states (after its last norm). head: (vocabulary, width), the
-    student's output head; its dtype is that of the products. reference: what to compare with at the same n positions.
+    student's output head; its dtype is that of the products. reference: HiddenTargets, TopKTargets or CompactTargets,
+    at the same n positions.
     """
     return _Distillation.apply(hidden, head, reference)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -89,6 +90,48 @@ class TopKTargets:
         # Through the softmax: q - p on the k tokens; each of the rest less its share of the reference's tail mass.
         slope = rest - rest / tail_q.unsqueeze(-1) * tail_p.unsqueeze(-1)
         slope.scatter_(-1, tokens, log_q_top.exp() - p)
+        return divergence, slope
+
+
+class CompactTargets:
+    """What ``lowbit.compact`` keeps: the head's probabilities, the mass of the tail, and tokens drawn from the tail.
+
+    ids: (n, k) int64, the first ``head`` (n,) of a row the head's, the others drawn, each as good as any other.
+    log_p: (n, k) float32. tail: (n,) float32.
+
+    The divergence is that of the head's tokens and, as one more outcome, the tail; plus the tail's mass times the
+    divergence within the tail, of which the drawn tell: log mean(q / p) - mean log(q / p) over them. It is never below
+    zero, is zero for the reference itself whatever was drawn, and in the mean over the draws at most the exact one,
+    which it comes the closer to the more are drawn. Its gradient moves the drawn against each other, and the tail as a
+    whole: where the student has the reference's probabilities nothing is left of the draws' noise.
+    """
+
+    def __init__(self, ids: torch.Tensor, log_p: torch.Tensor, head: torch.Tensor, tail: torch.Tensor) -> None:
+        self.ids, self.tail = ids, tail
+        places = torch.arange(ids.shape[-1], device=ids.device)
+        self.in_head = (places < head[:, None]) | (tail <= 0)[:, None]
+        # What is stored is rounded: the parts are made to add up to one.
+        self.log_p = log_p - (torch.where(self.in_head, log_p.exp(), 0.0).sum(-1) + tail).log()[:, None]
+        self.tail = tail / (torch.where(self.in_head, log_p.exp(), 0.0).sum(-1) + tail)
+
+    def compare(self, part: slice, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, log_p, in_head, tail_p = self.ids[part], self.log_p[part], self.in_head[part], self.tail[part]
+        tiny = torch.finfo(torch.float32).tiny
+        log_q_kept = log_q.gather(-1, ids)
+        q_kept, p = log_q_kept.exp(), torch.where(in_head, log_p.exp(), 0.0)
+        # The rest is summed, not taken from 1: a sure student's tail would drown in rounding, and is divided by.
+        rest = log_q.exp().scatter_(-1, ids, torch.where(in_head, 0.0, q_kept))
+        tail_q = rest.sum(-1).clamp_min(tiny)
+        ratio = torch.where(in_head, -torch.inf, log_q_kept - log_p)  # log(q / p) of the drawn
+        n = (~in_head).sum(-1).clamp_min(1)
+        seen = (~in_head).any(-1)
+        log_sum = torch.where(seen, ratio.logsumexp(-1), 0.0)
+        within = torch.where(seen, log_sum - n.log() - torch.where(in_head, 0.0, ratio).sum(-1) / n, 0.0)
+        divergence = (p * (log_p - log_q_kept)).sum(-1) + tail_p * (tail_p.clamp_min(tiny) / tail_q).log()
+        divergence += tail_p * within
+        slope = rest - rest * (tail_p / tail_q)[:, None]
+        shares = torch.where(in_head, 0.0, (ratio - log_sum[:, None]).exp() - 1 / n[:, None])
+        slope.scatter_add_(-1, ids, torch.where(in_head, q_kept - p, tail_p[:, None] * shares))
         return divergence, slope
 
 

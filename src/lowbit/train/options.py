@@ -34,8 +34,11 @@ class TrainOptions:
                      too; or "runtime": rounded before products with low-bit weights, as llama.cpp's kernels do
     data:            text file, JSONL, Parquet or datasets id; None: sampled from the model itself, filled up with
                      the bundled text where the budget is too short to sample enough
-    targets:         "hidden" (the reference's final hidden states: exact probabilities) or "topk:K" (its K largest
-                     probabilities and the mass of the rest)
+    targets:         "hidden" (the reference's final hidden states: exact probabilities), "topk:K" (its K largest
+                     probabilities and the mass of the rest) or "compact" (the largest, the mass of the rest, and a
+                     sample of that; at most 287 bytes a token); None: "hidden", with ``reference`` "compact"
+    reference:       a file of ``lowbit reference``, which holds the data too, or the URL of a process that answers;
+                     None: the model itself is asked before it is trained
     kv:              types of the KV cache that the model is to work with in llama.cpp ("q4_0", or K:V): it is trained
                      with keys and values rounded as that cache rounds them; None: unrounded
     kv_share:        of the sequences of a forward pass, the part that is read with that cache; the rest, so that the
@@ -60,7 +63,8 @@ class TrainOptions:
     train: str = "full"
     activations: str = "float"
     data: str | None = None
-    targets: str = "hidden"
+    targets: str | None = None
+    reference: str | None = None
     kv: str | None = None
     kv_share: float = 1.0
     sequence_length: int = 512
@@ -97,14 +101,29 @@ class TrainOptions:
                 raise BadOption("static activations have a cache of their own", found=f"kv {self.kv}")
         if not 0 < self.kv_share <= 1:
             raise BadOption("kv_share must be above 0 and at most 1", found=self.kv_share)
-        if self.targets != "hidden" and self.top_k is None:
-            raise BadOption("unknown targets", found=self.targets, expected="hidden or topk:K, for example topk:64")
+        if self.targets is None:
+            object.__setattr__(self, "targets", "hidden" if self.reference is None else "compact")
+        if self.targets not in ("hidden", "compact") and self.top_k is None:
+            expected = "hidden, compact or topk:K, for example topk:64"
+            raise BadOption("unknown targets", found=self.targets, expected=expected)
+        if self.reference is not None and self.targets != "compact":
+            raise BadOption("a reference elsewhere gives compact targets", found=self.targets, expected="compact")
 
     @property
     def top_k(self) -> int | None:
         """K of targets="topk:K", or None."""
-        name, _, count = self.targets.partition(":")
+        name, _, count = (self.targets or "").partition(":")
         return int(count) if name == "topk" and count.isdecimal() and int(count) > 0 else None
+
+    @property
+    def reference_url(self) -> str | None:
+        """Where ``reference`` is a process that answers."""
+        return self.reference if self.reference and self.reference.startswith(("http://", "https://")) else None
+
+    @property
+    def reference_file(self) -> str | None:
+        """Where ``reference`` is a file."""
+        return self.reference if self.reference_url is None else None
 
     @property
     def trained_for(self) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,16 +22,18 @@ from lowbit.checkpoint import Checkpoint, open_checkpoint
 from lowbit.checkpoint.model import MANIFEST
 from lowbit.errors import BadOption
 from lowbit.files import replacing
-from lowbit.train import data, frames, importance, kv_balance, precision, static_ranges
+from lowbit.train import data, forms, frames, importance, kv_balance, precision, static_ranges
 from lowbit.train.activation_quant import round_activations
+from lowbit.train.elsewhere import Elsewhere, identity
 from lowbit.train.fake_quant import assignment, prepare
 from lowbit.train.kv_quant import quantizer_of
 from lowbit.train.ledger import Ledger
 from lowbit.train.loop import DistillationTrainer, Schedule, distil, latest_checkpoint
 from lowbit.train.model import load, load_tokenizer, save
+from lowbit.train.moments import EMBEDDING
 from lowbit.train.options import TrainOptions
 from lowbit.train.record import describe
-from lowbit.train.reference import ReferenceCache
+from lowbit.train.reference import Ask, Kept, OwnReference, ReferenceCache
 from lowbit.train.start import rounded
 from lowbit.train.storage import save_tensors
 from lowbit.train.trainable import choose_parameters
@@ -127,7 +130,7 @@ def check_free(out: Path, work: Path, source: Path) -> None:
 
 def run_key(checkpoint: Checkpoint, options: TrainOptions) -> str:
     """Names the run: the model, as its files are now, and every option. The threads of a machine may change."""
-    chosen = {**asdict(options), "threads": None}
+    chosen = {**asdict(options), "threads": None, "reference": identity(options)}
     # A model that was trained on and saved again has the sizes it had.
     stat = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in _model_files(checkpoint.path)]
     return hashlib.sha256(json.dumps([str(checkpoint.path.resolve()), stat, chosen]).encode()).hexdigest()
@@ -154,6 +157,7 @@ class Run:
         self.saved_like = checkpoint
         self.recipes = recipes.several(options.recipe)
         self.kv = quantizer_of(checkpoint, options.kv, options.kv_share) if options.kv else None
+        self.elsewhere: Elsewhere | None = None  # the reference, where it is not the model before it is trained
 
     def left(self, start: float) -> float:
         """Seconds of the budget left, ``start`` being when the stage now running began."""
@@ -166,6 +170,10 @@ class Run:
             console.log(f"Loading {self.checkpoint.name}")
             self.tokenizer = load_tokenizer(self.checkpoint)
             facts = self.ledger.facts
+            asked = self.options.reference_file is None and self.ledger.done("reference")
+            if self.options.reference is not None and not asked:
+                self.elsewhere = Elsewhere.found(self.checkpoint, self.options, self.tokenizer, self.world)
+                facts["reference"] = self.elsewhere.described
             if "dtype" not in facts:
                 width = self.checkpoint.config["hidden_size"]
                 chosen = self.world.first(lambda: precision.choose(self.options.precision, self.device, width))
@@ -174,8 +182,10 @@ class Run:
             self.model: Any = self._load()
             speed = self.world.share(self._forward_speed())
             facts.setdefault("forward_tokens_per_second", speed)
-            self.reference_head = self._own_head()
-            if (self.options.top_k or 0) > (n := len(self.reference_head)):
+            self.reference_head: torch.Tensor | None = None
+            if self.options.reference is None:
+                self.reference_head = self._own_head()
+            if (self.options.top_k or 0) > (n := self.checkpoint.specs[EMBEDDING].shape[0]):
                 raise BadOption("more targets than tokens", found=self.options.targets, expected=f"topk:{n} or less")
 
     def _load(self) -> Any:
@@ -201,6 +211,11 @@ class Run:
     def gather(self) -> None:
         """Token sequences: the user's data, or the model's own writing filled up with the bundled text."""
         path = self.work / "sequences.npy"
+        if self.elsewhere is not None and self.elsewhere.file is not None:
+            self.sequences = self.elsewhere.file.sequences
+            with self.ledger.stage("data"):
+                self.ledger.facts["data"] = self.elsewhere.file.header.facts
+            return
         if self.ledger.done("data"):
             self.sequences = np.load(path)
             return
@@ -269,10 +284,10 @@ class Run:
         if self.options.steps is not None:
             return max(_FEWEST_SEQUENCES, self.options.steps * self.options.batch_size * self.options.accumulate)
         head = self._head_share()
-        is_top_k = self.options.top_k is not None
-        # The head's products: the student's, its gradient, and the reference's, which top-k targets are asked for once.
+        exact = self.options.targets == "hidden"
+        # The head's products: the student's, its gradient, and the reference's, which others are asked for once.
         body = _BODY_STEP * self.body_ratio
-        asking, step = (1 + head, body + 2 * head) if is_top_k else (1.0, body + 3 * head)
+        asking, step = (1.0, body + 3 * head) if exact else (1 + head, body + 2 * head)
         tokens = seconds * self.ledger.facts["forward_tokens_per_second"] / (asking + step)
         return max(_FEWEST_SEQUENCES, int(tokens / self.length))
 
@@ -280,7 +295,7 @@ class Run:
         """Weights of the output head over those of the body: what a head's product costs in forward passes."""
         ends = {id(module.weight) for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings())}
         body = sum(p.numel() for p in self.model.parameters() if p.ndim == 2 and id(p) not in ends)
-        return float(self.reference_head.numel() / max(1, body))
+        return math.prod(self.checkpoint.specs[EMBEDDING].shape) / max(1, body)
 
     @torch.no_grad()
     def balance(self) -> None:
@@ -297,7 +312,8 @@ class Run:
 
     def calibrate(self) -> None:
         """The start: scales, and weights that round to the start's codes; also written as a checkpoint of its own."""
-        self.cache = self._open_cache(self.model.config.hidden_size, len(self.sequences))
+        if self.elsewhere is None or self.elsewhere.file is None:
+            self.cache = self._open_cache(len(self.sequences))
         path = self.work / "start.safetensors"
         if not self.ledger.done("calibrate"):
             start = time.monotonic()
@@ -311,8 +327,18 @@ class Run:
         with self.ledger.stage("prepare"):
             self._prepare(path)
 
-    def _open_cache(self, width: int, n: int) -> ReferenceCache:
-        return ReferenceCache(self.work / "reference", n, self.length, width, self.options.top_k)
+    def _open_cache(self, n: int, keeps: bool = True) -> ReferenceCache:
+        return ReferenceCache(self.work / "reference", n, self.length, self._form(), keeps=keeps)
+
+    def _form(self) -> forms.Form:
+        vocabulary, width = self.checkpoint.specs[EMBEDDING].shape
+        return forms.chosen(self.options, width, vocabulary)
+
+    def _ask(self) -> Ask:
+        """Who says what the reference says."""
+        if self.elsewhere is not None and self.elsewhere.process is not None:
+            return self.elsewhere.process
+        return OwnReference(self.model, self.dtype, self.cache.form, self.reference_head)
 
     def _keep_start(self, found: dict[str, torch.Tensor]) -> None:
         save_tensors(found, self.work / "start.safetensors")
@@ -337,6 +363,10 @@ class Run:
 
     def ask_reference(self) -> None:
         """What the reference says of the sequences that there is still time for, rounding having taken its own."""
+        if self.elsewhere is not None and self.elsewhere.file is not None:
+            with self.ledger.stage("reference"):
+                self.kept: Kept = self.elsewhere.file
+            return
         if not self.ledger.done("reference"):
             begin = time.monotonic()
             left = self.left(begin)
@@ -352,12 +382,11 @@ class Run:
                     in_time = time.monotonic() - begin < _ASKING_SHARE * left
                     return in_time or self.options.steps is not None or done < fewest
 
-                self.cache.fill(
-                    self.model, self.sequences, self.dtype, self.reference_head, until=wanted, may_go_on=may_go_on,
-                    world=self.world,
-                )  # fmt: skip
+                self.cache.fill(self._ask(), self.sequences, until=wanted, may_go_on=may_go_on, world=self.world)
                 self.ledger.facts["asked"] = self.cache.done
-        self.sequences = self.sequences[: self.ledger.facts["asked"]]
+        self.sequences, self.kept = self.sequences[: self.ledger.facts["asked"]], self.cache
+        if not self.cache.form.needs_head:
+            self.reference_head = None
 
     def _calibrated(self, start: float) -> dict[str, torch.Tensor]:
         """{"weight:NAME": float32} and the parts of its frame ("scales:NAME", ...) for every matrix that is trained."""
@@ -437,7 +466,7 @@ class Run:
 
     def _for_trainer(self) -> dict[str, Any]:
         return {
-            "options": self.options, "sequences": self.sequences, "cache": self.cache, "dtype": self.dtype,
+            "options": self.options, "sequences": self.sequences, "cache": self.kept, "dtype": self.dtype,
             "reference_head": self.reference_head, "folder": self.work / "trainer",
             "held_out": _held_out(len(self.sequences)), "kv": self.kv,
         }  # fmt: skip

@@ -35,6 +35,7 @@ def describe(
         "phases": phases,
         "stages": dict(stages),
         "curve": curve,
+        **({"reference": facts["reference"]} if "reference" in facts else {}),
         "data": facts["data"] | _used(options, facts["data"], sequences, min(rows, sequences)),
     }
 

@@ -68,14 +68,11 @@ class ShardedRun(Run):
     def _keep(self, path: Path, values: np.ndarray) -> None:
         self.world.first(lambda: super(ShardedRun, self)._keep(path, values))
 
-    def _open_cache(self, width: int, n: int) -> ReferenceCache:
-        def opened() -> ReferenceCache:
-            keeps = self.world.rank == 0
-            return ReferenceCache(self.work / "reference", n, self.length, width, self.options.top_k, keeps=keeps)
-
-        cache = opened() if self.world.rank == 0 else None  # the files are there before the others look
+    def _open_cache(self, n: int, keeps: bool = True) -> ReferenceCache:
+        keeps = self.world.rank == 0
+        cache = super()._open_cache(n, keeps) if keeps else None  # the files are there before the others look
         self.world.wait()
-        return cache or opened()
+        return cache or super()._open_cache(n, keeps)
 
     def left(self, start: float) -> float:
         return super().left(start) if self._alone else self.world.share(super().left(start))
