@@ -56,6 +56,7 @@ HEAVY = (
     "mlx",
     "mlx_lm",
     "httpx2",
+    "ray",
 )
 
 

@@ -84,6 +84,16 @@ def settled(path: Path, options: ModelOptions) -> ModelOptions:
 
     Raises BadFile (a lock that is stale), NotFound, BadOption (not even a small context fits).
     """
+    options = companions(path, options)
+    slots = options.slots or _SLOTS
+    unified = options.kv_unified if options.kv_unified is not None else options.slots is None or options.slots > 1
+    options = replace(options, slots=slots, kv_unified=unified)
+    return options if options.context is not None else replace(options, context=fitting(path, options))
+
+
+def companions(path: Path, options: ModelOptions) -> ModelOptions:
+    """The options with the drafter, projector and template that the lock beside the artifact names, where none are
+    given. Raises BadFile (a lock that is stale), NotFound."""
     lock = path.parent / locks.LOCK_NAME
     if lock.is_file():
         options = _from_lock(path, locks.read(lock), options)
@@ -91,10 +101,7 @@ def settled(path: Path, options: ModelOptions) -> ModelOptions:
         given = getattr(options, name)
         if given is not None and not given.is_file():
             raise NotFound(f"no such file for {name}", where=given)
-    slots = options.slots or _SLOTS
-    unified = options.kv_unified if options.kv_unified is not None else options.slots is None or options.slots > 1
-    options = replace(options, slots=slots, kv_unified=unified)
-    return options if options.context is not None else replace(options, context=fitting(path, options))
+    return options
 
 
 def apart(path: Path, options: ModelOptions, tokens: int) -> ModelOptions | None:

@@ -61,6 +61,7 @@ def run(
     endpoint: str | Sequence[str] | None = None,
     endpoint_model: str | None = None,
     engine: str | None = None,
+    ray_address: str | None = None,
     table: TableOptions | None = None,
     form: str | None = None,
     options: BatchOptions | None = None,
@@ -77,6 +78,7 @@ def run(
     endpoint:       or URLs of OpenAI-compatible servers, up to and with /v1; LOWBIT_UPSTREAM_KEY is their key
     endpoint_model: the model's name there, put into every request
     engine:         a name of engines.engines(), where another than the default is to do it
+    ray_address:    of the cluster, for the engine "ray"; None is RAY_ADDRESS, or the one that this machine belongs to
     journal:        the folder for what was done, instead of IN.lowbit-batch
 
     Raises BadFile, BadOption, NotFound, CannotWrite, RuntimeFailed. Whatever it raises, the same call goes on.
@@ -92,8 +94,8 @@ def run(
         files.check_writable(out)
     engine_options = EngineOptions(
         model=model, endpoints=(endpoint,) if isinstance(endpoint, str) else tuple(endpoint or ()),
-        endpoint_model=endpoint_model, key=os.environ.get("LOWBIT_UPSTREAM_KEY"), slots=options.slots,
-        server=model_options or ModelOptions(), harness=options.harness,
+        endpoint_model=endpoint_model, key=os.environ.get("LOWBIT_UPSTREAM_KEY"), ray_address=ray_address,
+        slots=options.slots, server=model_options or ModelOptions(), harness=options.harness,
     )  # fmt: skip
     answering = open_engine(engine_options, engine)
     kept = None if journal is None else Path(journal)

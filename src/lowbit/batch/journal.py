@@ -258,10 +258,11 @@ class Journal:
         back: Sequence[int] = (),
         struck: Sequence[int] = (),
         died: Sequence[int] = (),
+        orphaned: Sequence[int] = (),
     ) -> None:
         """One transaction. results: of items that ended. sent: items whose request goes out now. Back to the waiting
         go: back, with nothing held against them; struck, whose request went wrong; died, which the model's server did
-        not survive."""
+        not survive; orphaned, whose machine was lost, or the process there that looked after the server."""
         with self.transaction():
             for result in results:
                 state = DONE if result.kind is None else FAILED
@@ -277,7 +278,10 @@ class Journal:
                 "UPDATE items SET sent = 1, tries = tries + 1 WHERE number = ? AND owner = ?",
                 [(number, self._owner) for number in sent],
             )
-            fates = (back, 0, 0, 0), (struck, 1, 0, 0), (died, 0, SERVER_DIED, ALONE)
+            fates = (
+                (back, 0, 0, 0), (struck, 1, 0, 0), (died, 0, SERVER_DIED, ALONE),
+                (orphaned, 0, RUNNER_DIED, RUNNER_DIED),
+            )  # fmt: skip
             for numbers, strikes, points, alone in fates:
                 self._db.executemany(
                     "UPDATE items SET state = ?, owner = NULL, sent = 0, strikes = strikes + ?,"

@@ -52,9 +52,10 @@ class _Staged:
     back: list[int] = field(default_factory=list)
     struck: list[int] = field(default_factory=list)
     died: list[int] = field(default_factory=list)
+    orphaned: list[int] = field(default_factory=list)
 
     def any(self) -> bool:
-        return bool(self.results or self.sent or self.back or self.struck or self.died)
+        return any(vars(self).values())
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,9 @@ class Runner:
             body = await self._engine.ask(item)
         except NotReached as error:
             return self._not_reached(lease, error)
-        except Lost:
+        except Lost as error:
+            if error.machine:  # the engine has others, or is not ready
+                return _Ended(fate="orphaned")
             self._crashes += 1
             self._rest_for(0.5)
             return _Ended(fate="died")
@@ -277,7 +280,7 @@ class Runner:
                 self._staged.results.append(ended.result)
             else:
                 getattr(self._staged, ended.fate).append(lease.number)
-        if self._staged.died:
+        if self._staged.died or self._staged.orphaned:
             self._flush()
             self._condemn()
         if self._crashes >= _CRASHES * self._engine.slots:
@@ -296,7 +299,7 @@ class Runner:
         if not self._staged.any():
             return
         staged, self._staged = self._staged, _Staged()
-        self._journal.commit(staged.results, sent=staged.sent, back=staged.back, struck=staged.struck, died=staged.died)
+        self._journal.commit(**vars(staged))
         self._committed = time.monotonic()
 
     # A server that does not answer

@@ -64,7 +64,10 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "tried",
     )
     _add_answering(parser)
-    parser.add_argument("--engine", metavar="NAME", help="what runs it (default: told by --model or --endpoint)")
+    parser.add_argument("--engine", metavar="NAME", help="what runs it: local, endpoints (default: told by --model or "
+                        "--endpoint), or ray, for --model on the nodes of a Ray cluster")  # fmt: skip
+    parser.add_argument("--ray-address", metavar="HOST:PORT", help="the cluster's head (default: RAY_ADDRESS, or the "
+                        "cluster that this machine is a node of)")  # fmt: skip
     parser.add_argument("--minutes", type=minutes, metavar="N", help="stop after so long; the same command goes on")
     parser.add_argument("--patience", type=positive_number, default=600.0, metavar="S",
                         help="seconds to wait for a server that does not answer (default: 600)")  # fmt: skip
@@ -145,7 +148,7 @@ def _run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     ran = batch.run(
         args.source, args.out, model=args.model, endpoint=args.endpoint, endpoint_model=args.endpoint_model,
-        engine=args.engine, table=table_options(args), form=args.format, options=options,
+        engine=args.engine, ray_address=args.ray_address, table=table_options(args), form=args.format, options=options,
         model_options=model_options(args), journal=args.journal,
     )  # fmt: skip
     from lowbit.batch.terminal import ended

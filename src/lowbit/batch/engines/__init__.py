@@ -20,6 +20,9 @@ def engines() -> dict[str, type[Engine]]:
 def open_engine(options: EngineOptions, name: str | None = None) -> Engine:
     """The engine of that name, or the one that suits the options; not yet entered. Raises BadOption."""
     known = engines()
+    if options.ray_address is not None and name != "ray":
+        raise BadOption("--ray-address without a cluster", found=f"--engine {name}" if name else "no --engine",
+                        expected="--engine ray")  # fmt: skip
     if name is not None:
         if name not in known:
             raise BadOption("no such engine", found=repr(name)[:60], expected=", ".join(known))

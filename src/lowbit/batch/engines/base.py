@@ -4,8 +4,10 @@ harness that they share."""
 from __future__ import annotations
 
 import abc
+import hashlib
 import platform
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from lowbit.batch.items import Item
@@ -13,18 +15,21 @@ from lowbit.harness import BadRequest, Harness, HarnessOptions, HttpUpstream, Up
 from lowbit.harness.responses import Responses
 from lowbit.model_server import ModelOptions
 from lowbit.threads import available_cores
+from lowbit.units import MIB
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
     """model: an artifact that is served here. endpoints: URLs up to and with /v1, instead. endpoint_model: the model's
-    name there, put into every request. key: what they are sent as a bearer token. slots: requests at a time; None is
-    the engine's to find. server: how llama.cpp's server is started. harness: bounds and layers of each answer."""
+    name there, put into every request. key: what they are sent as a bearer token. ray_address: of a Ray cluster whose
+    nodes are to serve the model. slots: requests at a time, of each server; None is the engine's to find. server: how
+    llama.cpp's server is started. harness: bounds and layers of each answer."""
 
     model: str | None = None
     endpoints: tuple[str, ...] = ()
     endpoint_model: str | None = None
     key: str | None = None
+    ray_address: str | None = None
     slots: int | None = None
     server: ModelOptions = field(default_factory=ModelOptions)
     harness: HarnessOptions = field(default_factory=HarnessOptions)
@@ -40,7 +45,12 @@ class NotReached(Exception):
 
 
 class Lost(Exception):
-    """The model's server went away while it had the request, which may be why."""
+    """The model's server went away while it had the request, which may be why. machine: whether the whole machine did,
+    or the process that looked after the server: then the request is seldom why."""
+
+    def __init__(self, message: str, *, machine: bool = False) -> None:
+        super().__init__(message)
+        self.machine = machine
 
 
 class Engine(abc.ABC):
@@ -96,6 +106,11 @@ class Engine(abc.ABC):
     async def ready(self) -> bool:
         """Whether a model answers just now."""
 
+    @property
+    def ended(self) -> str | None:
+        """Why no model will answer any more, whatever one waits for; None while there is hope."""
+        return None
+
 
 class CarefulUpstream(HttpUpstream):
     """A server whose failures the batch deals with, not the harness: it can wait for minutes, and knows what else was
@@ -149,3 +164,18 @@ class Caller:
         except UpstreamFailed as error:  # one without this path answers too
             return error.answered is not None and error.answered < 500 and error.answered != 429
         return True
+
+
+def identity(path: Path) -> str:
+    """A file's name, size and the hash of its ends: a model of many GB is not read at every start."""
+    return f"{path.name}, {path.stat().st_size} bytes, {ends(path)[:12]}"
+
+
+def ends(path: Path) -> str:
+    """SHA-256 of a file's first and last MiB."""
+    size, digest = path.stat().st_size, hashlib.sha256()
+    with open(path, "rb") as handle:
+        digest.update(handle.read(MIB))
+        handle.seek(max(0, size - MIB))
+        digest.update(handle.read(MIB))
+    return digest.hexdigest()

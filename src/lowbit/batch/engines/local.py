@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import tempfile
 from dataclasses import replace
@@ -11,12 +10,11 @@ from typing import Any, ClassVar, Self
 
 from lowbit import console, model_server
 from lowbit.batch.engines._pinned import SHARED, PinnedUpstream
-from lowbit.batch.engines.base import Caller, Engine, EngineOptions, NotReached
+from lowbit.batch.engines.base import Caller, Engine, EngineOptions, NotReached, identity
 from lowbit.batch.items import Item
 from lowbit.errors import BadOption
 from lowbit.harness import Harness
 from lowbit.model_server import ModelOptions, ModelServer
-from lowbit.units import MIB
 
 _SLOTS = 16  # at most; a probe finds how many of them are worth it
 _ROOM = 1024  # tokens of a slot beyond what the longest request needs, for an answer
@@ -58,8 +56,8 @@ class Local(Engine):
     async def deciding(self) -> dict[str, Any]:
         server = self.options.server
         named = {"chat_template": server.template, "mmproj": server.mmproj}
-        files = {name: _identity(path) for name, path in named.items() if path is not None}
-        return {"model": _identity(self._path), "kv": server.kv_type, **files}
+        files = {name: identity(path) for name, path in named.items() if path is not None}
+        return {"model": identity(self._path), "kv": server.kv_type, **files}
 
     async def __aenter__(self) -> Self:
         self._states = tempfile.TemporaryDirectory(prefix="lowbit-slots-")
@@ -90,18 +88,22 @@ class Local(Engine):
         self._server = self._caller = self._states = None
 
     async def ask(self, item: Item) -> dict[str, Any]:
-        caller, server = self._caller, self._server
-        assert caller is not None and server is not None
-        if server.given_up is not None:
-            raise NotReached(server.given_up, final=True)
+        caller = self._caller
+        assert caller is not None
+        if self.ended is not None:
+            raise NotReached(self.ended, final=True)
         SHARED.set(item.shared)  # in this request's task alone
         return await caller.ask(item)
 
     async def ready(self) -> bool:
-        assert self._caller is not None and self._server is not None
-        if self._server.given_up is not None:
+        assert self._caller is not None
+        if self.ended is not None:
             return True  # ask() says why
         return await self._caller.ready()
+
+    @property
+    def ended(self) -> str | None:
+        return None if self._server is None else self._server.given_up
 
     def _settled(self) -> ModelOptions:
         """A cache for each slot, with room for the longest request; one for all where that does not fit."""
@@ -112,16 +114,6 @@ class Local(Engine):
                 need *= 2
             asked = model_server.apart(self._path, asked, need) or asked
         return model_server.settled(self._path, asked)
-
-
-def _identity(path: Path) -> str:
-    """A file's name, size and the hash of its ends: a model of many GB is not read at every start."""
-    size, digest = path.stat().st_size, hashlib.sha256()
-    with open(path, "rb") as handle:
-        digest.update(handle.read(MIB))
-        handle.seek(max(0, size - MIB))
-        digest.update(handle.read(MIB))
-    return f"{path.name}, {size} bytes, {digest.hexdigest()[:12]}"
 
 
 ENGINE = Local

@@ -1,0 +1,118 @@
+"""Ray's side of the engine ``ray``: a cluster is joined, its nodes are listed, and what Ray says is put into a line."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+from lowbit.errors import BadOption
+
+_SECONDS = 5.0  # for a connection to the head
+
+
+@dataclass(frozen=True)
+class Node:
+    """Of a cluster. address: for people. cpus, gpus: what Ray may give away of it."""
+
+    id: str
+    address: str
+    cpus: float
+    gpus: float
+
+
+def library() -> Any:
+    """The package ray, without its noise. Raises BadOption where it is not installed.
+
+    Call it first in the main thread, and before signal handlers are set: the import sets one of its own."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError:
+        raise BadOption("ray is not installed", where="--engine ray", hint="Run: pip install 'lowbit[ray]'") from None
+    return ray
+
+
+def connect(address: str) -> bool:
+    """Joins the cluster; False where this process is in one already, which then stays as it is. Raises BadOption."""
+    ray = library()
+    if ray.is_initialized():
+        return False
+    target = address if "://" in address else _answering(address)
+    _hush()
+    try:
+        ray.init(address=target, log_to_driver=False, configure_logging=False)
+    except Exception as error:
+        with contextlib.suppress(Exception):
+            ray.shutdown()
+        raise _refused(address, error) from error
+    return True
+
+
+def nodes() -> list[Node]:
+    """Those that are alive."""
+    found = []
+    for node in library().nodes():
+        if node.get("Alive"):
+            has = node.get("Resources") or {}
+            address = node.get("NodeManagerAddress") or node["NodeID"][:12]
+            found.append(Node(node["NodeID"], address, float(has.get("CPU", 0.0)), float(has.get("GPU", 0.0))))
+    return found
+
+
+def said(error: BaseException) -> str:
+    """The line of a Ray error that tells most: its last words, without the traceback above."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    for line in reversed(lines):
+        if found := re.match(r"(?:\w+\.)*([A-Z]\w+: .*)", line):
+            return found[1][:300]
+    return (lines[0] if lines else type(error).__name__)[:300]
+
+
+def _hush() -> None:
+    """Ray prints what becomes of nodes on standard output, where a batch's results may go. The runner says it too."""
+    logging.getLogger("ray").setLevel(logging.CRITICAL)
+    with contextlib.suppress(ImportError):
+        from ray._private import worker
+
+        worker.print_to_stdstream = lambda *_, **__: None
+
+
+def _answering(address: str) -> str:
+    """HOST:PORT of a head that listens: Ray itself would try for many minutes. Raises BadOption."""
+    hint = "`ray start --head` starts a cluster, `ray status` shows it; --ray-address HOST:PORT names its head"
+    target = address
+    if address == "auto":
+        from ray._private import services
+
+        try:
+            target = services.canonicalize_bootstrap_address_or_die(address)
+        except ConnectionError:
+            raise BadOption("no Ray cluster runs on this machine", where="--ray-address auto", hint=hint) from None
+    host, _, port = target.rpartition(":")
+    if not host or not port.isdigit():
+        raise BadOption("not the address of a Ray cluster", where="--ray-address", found=target[:100],
+                        expected="HOST:PORT, or auto")  # fmt: skip
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _SECONDS).close()
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise BadOption("no Ray cluster answers", where=f"--ray-address {target}", found=why, hint=hint) from None
+    return target
+
+
+def _refused(address: str, error: Exception) -> BadOption:
+    text, where = str(error), f"--ray-address {address}"
+    if "ersion mismatch" in text:
+        pairs = [" ".join(pair) for pair in re.findall(r"(Ray|Python): (\S+)", text)]
+        here, there = pairs[2:4], pairs[:2]
+        return BadOption("the cluster has another Ray or Python", where=where, found=", ".join(there),
+                         expected=", ".join(here) + ", as here", hint="All nodes need the same two")  # fmt: skip
+    if "node_ip_address" in text or "No node" in text or "raylet" in text.lower():
+        hint = "The batch runs on a machine of the cluster: `ray start --address=HEAD:PORT` makes this one a part of it"
+        return BadOption("this machine is no node of the cluster", where=where, found=said(error), hint=hint)
+    return BadOption("the Ray cluster cannot be joined", where=where, found=said(error))

@@ -1,0 +1,212 @@
+"""A batch on a Ray cluster of nodes: whatever dies in the middle, nothing is lost, and nothing is there twice."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs import command, contents, read, write
+from ray_nodes import Cluster, can_hide
+from standin_vllm import answer, install
+
+from lowbit import batch
+from lowbit.batch.options import BatchOptions
+from lowbit.checkpoint.resolve import resolve
+from lowbit.errors import BadOption
+from lowbit.files import sha256
+from lowbit.model_server import ModelOptions
+
+pytest.importorskip("ray")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="NOT TESTED HERE: nodes want addresses of their own")
+
+THINGS = ("a car", "the sky", "an apple", "a rose", "the sea", "a cat", "snow", "coal")
+WHAT = ("colour", "size", "use", "name")
+SAID = [f"Name a {what} that {thing} can have. One word." for what in WHAT for thing in THINGS]
+ITEMS = len(SAID)
+BODY = {"temperature": 0, "max_tokens": 6}
+SERVER = ("--slots", 1, "--ctx", 512, "--threads", 1)  # one at a time: then no answer depends on what was beside it
+B, C = "127.0.0.3", "127.0.0.4"
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    return resolve("smollm2-135m")
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What one machine answers, undisturbed."""
+    folder = tmp_path_factory.mktemp("quiet")
+    source = write(folder / "in.jsonl", SAID, **BODY)
+    batch.run(source, folder / "out.jsonl", model="smollm2-135m", options=BatchOptions(slots=1),
+              model_options=ModelOptions(context=512, threads=1))  # fmt: skip
+    found = contents(folder / "out.jsonl")
+    assert len(found) == ITEMS and len(set(found.values())) > ITEMS // 4
+    return found
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Its head has a core, and says that it has a GPU; a small server is there in vLLM's place."""
+    folder = tmp_path_factory.mktemp("bin")
+    path = {"PATH": f"{install(folder)}{os.pathsep}{os.environ['PATH']}", "STANDIN_VLLM_LOG": str(folder / "started")}
+    with Cluster(gpus=1, environment=path) as found:
+        yield found
+
+
+def start(cluster: Cluster, source: Path, out: Path) -> subprocess.Popen[str]:
+    words = command(
+        "run",
+        source,
+        "-o",
+        out,
+        "--model",
+        "smollm2-135m",
+        "--engine",
+        "ray",
+        "--ray-address",
+        cluster.address,
+        *SERVER,
+    )
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(cluster: Cluster, source: Path, out: Path, model: str = "smollm2-135m") -> batch.Ran:
+    return batch.run(
+        source, out, model=model, engine="ray", ray_address=cluster.address,
+        options=BatchOptions(slots=1, patience=60), model_options=ModelOptions(context=512, threads=1),
+    )  # fmt: skip
+
+
+def until(true: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := true()):
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+    return found
+
+
+def done(source: Path) -> int:
+    path = source.with_name(source.name + ".lowbit-batch") / "journal.sqlite"
+    return batch.status(source).completed if path.exists() else 0
+
+
+def told(source: Path) -> dict[str, dict[str, Any]]:
+    return {one["url"].removeprefix("node "): one for one in batch.status(source).servers}
+
+
+def test_a_node_dies_and_another_comes_late(
+    cluster: Cluster, model: Path, quiet: dict[str, str], tmp_path: Path
+) -> None:
+    """The one that comes does not have the model, and its cache has another file in its place."""
+    source, out = write(tmp_path / "in.jsonl", SAID, **BODY), tmp_path / "out.jsonl"
+    cluster.add(B)
+    cluster.wait_for(2)
+    process = start(cluster, source, out)
+    assert process.stderr is not None
+    said = ""
+    while f"Worker on {B}" not in said:
+        line = process.stderr.readline()
+        assert line, said
+        said += line
+    begun = done(source)
+    until(lambda: done(source) > begun + 3, "nothing is answered")
+    cluster.kill(B)
+    assert done(source) < ITEMS
+    cache = tmp_path / "cache"
+    sent = cache / "lowbit" / "shipped" / sha256(model) / model.name
+    sent.parent.mkdir(parents=True)
+    sent.write_bytes(b"x" * model.stat().st_size)
+    cluster.add(C, hidden=model.parent if can_hide() else None, environment={"XDG_CACHE_HOME": str(cache)})
+    on_stdout, rest = process.communicate(timeout=200)
+    assert process.returncode == 0, said + rest
+    assert not on_stdout and "ray" not in rest.lower(), "Ray has no place in the terminal"
+    assert contents(out) == quiet and len(read(out)) == ITEMS
+    found = told(source)
+    assert found[B]["answered"] > 0 and found[B]["state"] in ("failed", "gone")
+    if can_hide():
+        assert sha256(sent) == sha256(model), "what was in its place is replaced"
+        assert sorted(path.name for path in sent.parent.iterdir()) == [model.name]
+    with contextlib.closing(sqlite3.connect(source.with_name("in.jsonl.lowbit-batch") / "journal.sqlite")) as db:
+        assert db.execute("SELECT max(tries) FROM items").fetchone()[0] == 2, "one was under way on the node that died"
+
+
+def test_the_runner_is_killed_and_what_it_started_ends(cluster: Cluster, quiet: dict[str, str], tmp_path: Path) -> None:
+    source, out = write(tmp_path / "in.jsonl", SAID, **BODY), tmp_path / "out.jsonl"
+    process = start(cluster, source, out)
+    until(lambda: done(source) > 3, "nothing is answered")
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = done(source)
+    assert 3 < before < ITEMS
+    until(lambda: not cluster.servers(), "a server outlives its batch")
+    process = start(cluster, source, out)
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    assert f"{before} of {ITEMS} items are done; going on" in said
+    assert contents(out) == quiet
+
+
+def test_a_server_and_a_worker_are_killed(cluster: Cluster, quiet: dict[str, str], tmp_path: Path) -> None:
+    source, out = write(tmp_path / "in.jsonl", SAID, **BODY), tmp_path / "out.jsonl"
+    killed: list[str] = []
+
+    def kill() -> None:
+        for name in ("_server_child", "ray::Worker"):
+            before = done(source)
+            until(lambda before=before: done(source) > before + 3, "nothing is answered")
+            for process in cluster.processes(name):
+                process.kill()
+                killed.append(name)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    ran = run(cluster, source, out)
+    thread.join()
+    assert set(killed) == {"_server_child", "ray::Worker"}
+    assert ran.status.completed == ITEMS and contents(out) == quiet
+    until(lambda: not cluster.servers(), "a server outlives its batch")
+
+
+def test_a_checkpoint_is_served_where_the_gpus_are(cluster: Cluster, tmp_path: Path) -> None:
+    """By vLLM's stand-in, which does not survive one of the requests; that ends as a failure, and no other."""
+    folder = tmp_path / "tiny-checkpoint"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"x" * 100)
+    said = [*(f"word {i}" for i in range(12)), "crash", *(f"more {i}" for i in range(12))]
+    source, out = write(tmp_path / "in.jsonl", said), tmp_path / "out.jsonl"
+    run(cluster, source, out, str(folder))
+    found = read(out)
+    assert {i for i, line in found.items() if line["error"]} == {"12"}
+    assert found["12"]["error"]["code"] == "server_crashed"
+    assert contents(out) == {str(i): answer(text) for i, text in enumerate(said) if text != "crash"}
+    assert told(source)["127.0.0.2, GPU 0"]["answered"] == len(said) - 1
+
+
+def test_a_cluster_of_another_version(cluster: Cluster, tmp_path: Path) -> None:
+    """What the head says of itself is changed, as if another Ray had started it."""
+    from ray._raylet import GcsClient
+
+    client = GcsClient(address=cluster.address)
+    key, space = b"CLUSTER_METADATA", b"cluster"
+    before = client.internal_kv_get(key, space)
+    assert before is not None
+    other = json.loads(before) | {"ray_version": "2.9.0"}
+    client.internal_kv_put(key, json.dumps(other).encode(), True, space)
+    try:
+        with pytest.raises(BadOption, match=r"another Ray or Python; found Ray 2\.9\.0, .*expected Ray .*as here"):
+            run(cluster, write(tmp_path / "in.jsonl", SAID), tmp_path / "out.jsonl")
+    finally:
+        client.internal_kv_put(key, before, True, space)
