@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
 import signal
+import sqlite3
 import subprocess
 import time
 from pathlib import Path
@@ -135,6 +137,46 @@ def test_requests_that_kill_the_server_end_and_the_others_do_not(tmp_path: Path)
     assert {i for i, line in found.items() if line["error"]} == {"1"}
     assert found["1"]["error"]["code"] == "server_crashed"
     assert "word a" in trial.answered()
+
+
+def test_a_server_that_others_kill_condemns_nobody_beside_the_request_that_kills_it(tmp_path: Path) -> None:
+    """The innocent one is there at two deaths in company, and then alone at two more, which were not its doing."""
+    (tmp_path / "job").mkdir()
+    kills = 0
+    with Trial(tmp_path / "job", 7) as trial:
+        trial.said = ["crash 1", "slow 0.6 innocent", *(f"word {i}" for i in range(10))]
+        write(trial.source, trial.said)
+        process = trial.runner()
+        while process.poll() is None:
+            if trial.server.poll() is None and kills < 2 and _alone(trial, 1):
+                trial.server.kill()
+                trial.server.wait()
+                kills += 1
+            if trial.server.poll() is not None:
+                trial.start_server()
+            time.sleep(0.02)
+        _, said = process.communicate()
+        assert process.returncode == 0, said
+    found = read(trial.out)
+    assert kills == 2 and {i for i, line in found.items() if line["error"]} == {"0"}
+    assert found["0"]["error"]["code"] == "server_crashed"
+    with Job.existing(trial.source) as job:
+        tries = dict(job.journal.query("SELECT number, tries FROM items"))
+    assert tries[0] == 5, "bounded, whoever else is killed"
+    assert tries[1] > 2
+
+
+def _alone(trial: Trial, number: int) -> bool:
+    """Whether a suspect is under way."""
+    path = trial.folder / "in.jsonl.lowbit-batch" / "journal.sqlite"
+    if not path.exists():
+        return False
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        try:
+            row = db.execute("SELECT sent AND points >= 4 FROM items WHERE number = ?", (number,)).fetchone()
+        except sqlite3.OperationalError:  # its tables are being made
+            return False
+    return bool(row and row[0])
 
 
 def test_requests_that_time_out_end(server: BatchServer, tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ result, once committed, is never asked for again. The owner of a lease is a proc
 time) and has been heard of; what a dead or silent one had goes back to the others.
 
 An item that was under way when the model's server or a runner died may be why. It gets points for it; from SUSPECT on
-it goes last, and alone; at CONDEMNED it ends as a failure. A runner's death counts less, since people kill runners.
+it goes last, and alone; at CONDEMNED it ends as a failure. A death that it was alone with is no proof, since servers
+are killed by others too: three are taken for one, and between them other suspects have their turns, so that the three
+lie apart. A runner's death, or a whole machine's, counts half: people and schedulers end those.
 
 WAL with synchronous=NORMAL: a killed process loses nothing, a power cut the last moments at most.
 """
@@ -28,7 +30,7 @@ from lowbit.errors import BadFile, CannotWrite, LowbitError
 
 WAITING, LEASED, DONE, FAILED, CANCELLED = range(5)
 SUSPECT, CONDEMNED = 4, 10  # points
-SERVER_DIED, ALONE, RUNNER_DIED = 3, 4, 1  # so that a server dies three times of a request, and a runner ten times
+SERVER_DIED, RUNNER_DIED = 2, 1  # a server dies five times of a request, three of them alone with it; a runner ten
 NO_REQUEST = "invalid_line"  # the kind of what was never one
 _FORMAT = "lowbit-batch/1"
 _BUSY = 60.0  # seconds to wait for another process's transaction
@@ -235,13 +237,8 @@ class Journal:
         """Up to so many waiting items and bytes of IN, but one; suspects only when there are no others, and then
         one."""
         with self.transaction():
-            rows = self._db.execute(
-                "SELECT number, line, offset, length, custom_id, tries, strikes, points >= 4 FROM items"
-                " WHERE state = 0 ORDER BY points >= 4, number LIMIT ?",
-                (most,),
-            ).fetchall()
-            found = [Lease(r[0], Place(*r[1:5]), r[5], r[6], bool(r[7])) for r in rows]
-            found = [lease for lease in found if not lease.suspect] or found[:1]
+            found = self._waiting("(points >= 4) = 0 ORDER BY number", most)
+            found = found or self._waiting("(points >= 4) = 1 ORDER BY points, number", 1)
             sizes = itertools.accumulate(lease.place.length for lease in found)
             found = [lease for lease, size in zip(found, sizes, strict=True) if size <= largest] or found[:1]
             self._db.executemany(
@@ -249,6 +246,11 @@ class Journal:
                 [(LEASED, self._owner, lease.number) for lease in found],
             )
         return found
+
+    def _waiting(self, which: str, most: int) -> list[Lease]:
+        columns = "number, line, offset, length, custom_id, tries, strikes, points >= 4"
+        rows = self._db.execute(f"SELECT {columns} FROM items WHERE state = 0 AND {which} LIMIT ?", (most,))
+        return [Lease(row[0], Place(*row[1:5]), row[5], row[6], bool(row[7])) for row in rows]
 
     def commit(
         self,
@@ -278,16 +280,12 @@ class Journal:
                 "UPDATE items SET sent = 1, tries = tries + 1 WHERE number = ? AND owner = ?",
                 [(number, self._owner) for number in sent],
             )
-            fates = (
-                (back, 0, 0, 0), (struck, 1, 0, 0), (died, 0, SERVER_DIED, ALONE),
-                (orphaned, 0, RUNNER_DIED, RUNNER_DIED),
-            )  # fmt: skip
-            for numbers, strikes, points, alone in fates:
+            fates = (back, 0, 0), (struck, 1, 0), (died, 0, SERVER_DIED), (orphaned, 0, RUNNER_DIED)
+            for numbers, strikes, points in fates:
                 self._db.executemany(
-                    "UPDATE items SET state = ?, owner = NULL, sent = 0, strikes = strikes + ?,"
-                    " points = points + CASE WHEN points >= 4 THEN ? ELSE ? END"
+                    "UPDATE items SET state = ?, owner = NULL, sent = 0, strikes = strikes + ?, points = points + ?"
                     " WHERE number = ? AND owner = ? AND state = ?",
-                    [(WAITING, strikes, alone, points, number, self._owner, LEASED) for number in numbers],
+                    [(WAITING, strikes, points, number, self._owner, LEASED) for number in numbers],
                 )
 
     def condemned(self) -> list[tuple[int, int]]:
