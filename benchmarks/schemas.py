@@ -163,7 +163,7 @@ async def run(model: str, out: Path, schemas: int, minutes: float, slots: int) -
     deadline = time.monotonic() + 60 * minutes
     if not left:
         return done
-    model_options = ModelOptions(context=1024 * slots, slots=slots, kv_unified=True)
+    model_options = ModelOptions(context=1024 * slots, slots=slots, kv_unified=True, cache_ram=0)
     options = ServeOptions(port=0, harness=HarnessOptions(tries=3, seconds=600))
     async with running_model(model, options, model_options) as url, aiohttp.ClientSession(timeout=_PATIENT) as session:
         with out.open("a", encoding="utf-8") as file:

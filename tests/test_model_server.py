@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import lowbit
+from lowbit import memory, plan
 from lowbit.errors import BadFile, NotFound
 from lowbit.harness import of_model
-from lowbit.model_server import ModelOptions, ModelServer, artifact, settled
+from lowbit.model_server import ModelOptions, ModelServer, artifact, prompt_cache, settled
 from lowbit.release import lock as locks
 from lowbit.release.lock import Lock, Locked
 from lowbit.release.walk import hash_member
@@ -110,3 +112,16 @@ def test_a_template_that_was_changed_in_place_is_refused(release: Path) -> None:
 def test_a_folder_without_one_artifact(release: Path) -> None:
     with pytest.raises(NotFound, match="no one GGUF"):
         artifact(release)
+
+
+@pytest.mark.parametrize("gib", [0.5, 1.5, 3, 64])
+def test_cached_prompts_leave_room_for_the_model(release: Path, monkeypatch: pytest.MonkeyPatch, gib: float) -> None:
+    free = int(gib * 2**30)
+    monkeypatch.setattr(memory, "available_bytes", lambda: free)
+    path = release / "text.gguf"
+    options = ModelOptions(context=256, slots=2, kv_unified=True)
+    planned = plan.plan(path, plan.PlanOptions(context=256, slots=2, kv_unified=True)).total_bytes
+    found = prompt_cache(path, options)
+    assert found == min(8192, max(0, (free - 2**30 - planned) // 2**21))
+    assert planned + found * 2**20 + 2**30 <= max(free, planned + 2**30)
+    assert prompt_cache(path, replace(options, cache_ram=17)) == 17

@@ -29,6 +29,7 @@ from lowbit.units import format_bytes
 NOWHERE = "http://127.0.0.1:0/v1"  # the address of a server that is not started yet
 _SLOTS = 4  # as llama-server's --parallel auto
 _MARGIN = 1 << 30  # bytes left to others, as llama-server's --fit-target
+_CACHE_RAM = 8192  # MiB, as llama-server's --cache-ram
 _RESTARTS, _WITHIN = 5, 600.0  # so often within so many seconds
 
 
@@ -39,6 +40,7 @@ class ModelOptions:
     context:   tokens of all slots together; None is the longest that fits
     slots:     requests at a time, which share one cache unless kv_unified is False
     kv_type:   of the cache, or two as K:V
+    cache_ram: MiB for prompts that lost their slot; None is half of what the plan leaves free, 8,192 at most
     swa_full, threads, drafter, mmproj, template, llama_server, idle_cache, slot_folder: as run.llama_server has them
     """
 
@@ -47,6 +49,7 @@ class ModelOptions:
     kv_type: str = "f16"
     kv_unified: bool | None = None
     swa_full: bool = False
+    cache_ram: int | None = None
     threads: int | None = None
     drafter: Path | None = None
     mmproj: Path | None = None
@@ -150,6 +153,21 @@ def fitting(path: Path, options: ModelOptions) -> int:
     return context
 
 
+def prompt_cache(path: Path, options: ModelOptions) -> int:
+    """MiB for llama-server's cache of prompts that lost their slot: half of what is free beside the model as planned
+    and the margin. Its own 8 GiB come on top of everything else, as the prompts come, and take a small machine down.
+    """
+    if options.cache_ram is not None:
+        return options.cache_ram
+    free = memory.available_bytes()
+    if free is None:
+        return _CACHE_RAM
+    with plan.open_model(path) as model:
+        asked = replace(_plan_options(options), context=options.context)
+        spare = free - _MARGIN - plan.plan_open(model, asked).total_bytes
+    return min(_CACHE_RAM, max(0, spare // 2) >> 20)
+
+
 class ModelServer:
     """The server, kept running: started again when its process ends.
 
@@ -200,11 +218,12 @@ class ModelServer:
         o = self._options
         assert o.context is not None and o.slots is not None
         self._started.append(time.monotonic())
+        cache_ram = await asyncio.to_thread(prompt_cache, self._path, o)
         self._server = await asyncio.to_thread(
             LlamaServer, self._path, context=o.context, slots=o.slots, kv_unified=bool(o.kv_unified),
             kv_type=o.kv_type, swa_full=o.swa_full, threads=o.threads, drafter=o.drafter, mmproj=o.mmproj,
             template=o.template, llama_server=o.llama_server, alias=self._path.stem, api_key=self.key, ui=self._page,
-            idle_cache=o.idle_cache, slot_folder=o.slot_folder,
+            idle_cache=o.idle_cache, slot_folder=o.slot_folder, cache_ram=cache_ram,
         )  # fmt: skip
         self._on_start(self._server.url)
 

@@ -20,12 +20,22 @@ def add_server(parser: argparse.ArgumentParser, slots: str = "default: 4") -> ar
     group.add_argument("--kv", default="f16", metavar="TYPE", help="KV cache: f16 (default), q8_0, ..., or K:V")
     group.add_argument("--kv-unified", action=argparse.BooleanOptionalAction, help="one cache for all slots")
     group.add_argument("--swa-full", action="store_true", help="sliding layers keep all, and prefixes are reused")
+    group.add_argument(
+        "--cache-ram", "-cram", type=_mib, metavar="MIB",
+        help="for prompts that lost their slot (default: half of what the plan leaves free, 8192 at most)",
+    )  # fmt: skip
     group.add_argument("--threads", "-t", type=positive, metavar="N", help="CPU threads (default: all it may use)")
     group.add_argument("--drafter", "-md", type=Path, metavar="FILE", help="a GGUF that guesses ahead")
     group.add_argument("--mmproj", "-mm", type=Path, metavar="FILE", help="projector for images and sound")
     group.add_argument("--chat-template", type=Path, metavar="FILE", help="instead of the model's own")
     group.add_argument("--llama-server", metavar="PATH", help="this binary instead of the installed library's server")
     return group
+
+
+def _mib(text: str) -> int:
+    if not text.isdecimal():  # llama-server's -1, no limit, is what this is there to prevent
+        raise argparse.ArgumentTypeError(f"must be 0 or more, found {text}")
+    return int(text)
 
 
 def model_options(args: argparse.Namespace) -> ModelOptions:
@@ -37,6 +47,7 @@ def model_options(args: argparse.Namespace) -> ModelOptions:
         kv_type=args.kv,
         kv_unified=args.kv_unified,
         swa_full=args.swa_full,
+        cache_ram=args.cache_ram,
         threads=args.threads,
         drafter=args.drafter,
         mmproj=args.mmproj,
