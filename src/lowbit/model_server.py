@@ -162,6 +162,7 @@ def prompt_cache(path: Path, options: ModelOptions) -> int:
     free = memory.available_bytes()
     if free is None:
         return _CACHE_RAM
+    assert options.context is not None
     with plan.open_model(path) as model:
         asked = replace(_plan_options(options), context=options.context)
         spare = free - _MARGIN - plan.plan_open(model, asked).total_bytes
