@@ -16,7 +16,7 @@ SOURCE = Path(lowbit.__file__).parent
 # Each line may import itself and the lines above it.
 ORDER = (
     ("errors", "units", "files", "partial", "console", "threads", "texts", "verbs", "registry", "memory", "launch"),
-    ("compact", "record_file"),
+    ("compact", "record_file", "ray_cluster"),
     ("grid",),
     ("ggml",),
     ("compensate",),

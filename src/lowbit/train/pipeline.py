@@ -77,7 +77,7 @@ def train(
     if options.threads:
         torch.set_num_threads(options.threads)
     out = Path(out)
-    work = Path(work) if work is not None else out.with_name(out.name + ".work")
+    work = work_folder(out, work)
     with open_checkpoint(model) as checkpoint:
         check_trainable(checkpoint, options.recipe, options.kv)
         world = join()
@@ -94,6 +94,11 @@ def train(
                 ledger.facts["record"] = world.share(ledger.facts.get("record"))
             leave(world)
         return TrainResult(out, work / "start", ledger.facts["record"])
+
+
+def work_folder(out: Path, work: str | Path | None) -> Path:
+    """Where the stages keep their files."""
+    return Path(work) if work is not None else out.with_name(out.name + ".work")
 
 
 def _run(world: World) -> type[Run]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import lowbit
 from lowbit import console
-from lowbit.batch.engines import _ray_cluster as cluster
+from lowbit import ray_cluster as cluster
 from lowbit.batch.engines._ray_worker import CONCURRENCY, Work, Worker, answer, request
 from lowbit.batch.engines._shipping import Sending
 from lowbit.batch.engines.base import Lost, NotReached

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from lowbit import console, model_server
-from lowbit.batch.engines import _ray_cluster as cluster
+from lowbit import ray_cluster as cluster
 from lowbit.batch.engines import _vllm
 from lowbit.batch.engines._ray_place import Place
 from lowbit.batch.engines._ray_worker import Work

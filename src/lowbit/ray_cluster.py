@@ -1,4 +1,4 @@
-"""Ray's side of the engine ``ray``: a cluster is joined, its nodes are listed, and what Ray says is put into a line."""
+"""Ray's side of batches and trainings: a cluster is joined, its nodes are listed, what Ray says is put into a line."""
 
 from __future__ import annotations
 
@@ -25,27 +25,30 @@ class Node:
     gpus: float
 
 
-def library() -> Any:
-    """The package ray, without its noise. Raises BadOption where it is not installed.
+def library(where: str = "--engine ray", extra: str = "ray") -> Any:
+    """The package ray, without its noise. Raises BadOption where it is not installed, naming who asks and the extra.
 
     Call it first in the main thread, and before signal handlers are set: the import sets one of its own."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
     except ImportError:
-        raise BadOption("ray is not installed", where="--engine ray", hint="Run: pip install 'lowbit[ray]'") from None
+        raise BadOption("ray is not installed", where=where, hint=f"Run: pip install 'lowbit[{extra}]'") from None
     return ray
 
 
-def connect(address: str) -> bool:
-    """Joins the cluster; False where this process is in one already, which then stays as it is. Raises BadOption."""
+def connect(address: str, *, shows: bool = False) -> bool:
+    """Joins the cluster; False where this process is in one already, which then stays as it is. Raises BadOption.
+
+    shows: whether what its workers print is printed here."""
     ray = library()
     if ray.is_initialized():
         return False
     target = address if "://" in address else _answering(address)
-    _hush()
+    if not shows:
+        _hush()
     try:
-        ray.init(address=target, log_to_driver=False, configure_logging=False)
+        ray.init(address=target, log_to_driver=shows, configure_logging=False)
     except Exception as error:
         with contextlib.suppress(Exception):
             ray.shutdown()
@@ -113,6 +116,8 @@ def _refused(address: str, error: Exception) -> BadOption:
         return BadOption("the cluster has another Ray or Python", where=where, found=", ".join(there),
                          expected=", ".join(here) + ", as here", hint="All nodes need the same two")  # fmt: skip
     if "node_ip_address" in text or "No node" in text or "raylet" in text.lower():
-        hint = "The batch runs on a machine of the cluster: `ray start --address=HEAD:PORT` makes this one a part of it"
+        hint = (
+            "The command runs on a machine of the cluster: `ray start --address=HEAD:PORT` makes this one a part of it"
+        )
         return BadOption("this machine is no node of the cluster", where=where, found=said(error), hint=hint)
     return BadOption("the Ray cluster cannot be joined", where=where, found=said(error))

@@ -1,0 +1,85 @@
+"""A training whose processes Ray Train starts, on a real cluster of this machine."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ray")
+sys.path.append(str(Path(__file__).parent.parent / "batch"))
+
+from ray_nodes import Cluster
+
+import lowbit
+from lowbit.cli import main
+from lowbit.errors import BadOption, BadText
+from lowbit.train import TrainOptions
+from lowbit.train.ray_entry import train_on_ray
+
+FEW: dict[str, Any] = {
+    "steps": 4, "threads": 1, "sequence_length": 16, "precision": "float32", "batch_size": 2, "start": "nearest",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with Cluster(cpus=2) as found:
+        yield found
+
+
+@pytest.fixture
+def prose(tmp_path: Path) -> Path:
+    words = ["block", "group", "scale", "zero", "point", "rounding", "cache", "slot", "template", "drafter", "nibble"]
+    path = tmp_path / "prose.txt"
+    path.write_text(" ".join(random.Random(0).choices(words, k=3000)), encoding="utf-8")
+    return path
+
+
+def test_two_workers_train_as_one_process_does(
+    cluster: Cluster, tiny_llama: Callable[..., Path], prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The command, with relative paths; then what it does where everything is done already, and where data is bad."""
+    model = tiny_llama(num_hidden_layers=1)
+    monkeypatch.chdir(tmp_path)
+    flags = [word for name, value in FEW.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    words = ["train", model.name, "-o", "two", "--data", prose.name, *flags, "--launcher", "ray", "--processes", "2"]
+    assert main([*words, "--ray-address", cluster.address]) == 0
+    said = capfd.readouterr()
+    assert said.out == "two\n" and "Distilling" in said.err  # a worker's progress is shown here
+    alone = lowbit.train(model, tmp_path / "alone", options=TrainOptions(**FEW, data=str(prose)))
+    ledger = json.loads((tmp_path / "two.work" / "ledger.json").read_text("utf-8"))
+    ours, theirs = (record["curve"] for record in (ledger["facts"]["record"], alone.record))
+    assert [point["step"] for point in ours] == [point["step"] for point in theirs]
+    assert [point["loss"] for point in ours] == pytest.approx([point["loss"] for point in theirs], abs=1e-5)
+    assert ours[-1]["kld"] == pytest.approx(theirs[-1]["kld"], abs=1e-5)
+    assert (tmp_path / "two" / "lowbit.json").exists()
+    assert not cluster.processes("RayTrainWorker")
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes(b"\0" * 100)
+    with pytest.raises(BadText, match="binary"):  # what a process said, in its own words
+        train_on_ray(
+            model, tmp_path / "bad", processes=2, address=cluster.address, options=TrainOptions(**FEW, data=str(bad))
+        )
+
+
+def test_a_cluster_that_is_not_there_or_too_small(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(BadOption, match="the Ray cluster is too small; found 2 CPUs on 1 nodes: 2 processes of 1"):
+        train_on_ray("model", tmp_path / "out", processes=3, address=cluster.address)
+    with pytest.raises(BadOption, match="no Ray cluster answers"):
+        train_on_ray("model", tmp_path / "out", processes=2, address="127.0.0.1:9")
+    for more in (["--processes", "2"], ["--launcher", "ray"], ["--ray-address", "127.0.0.1:9"]):
+        assert main(["train", "model", "-o", str(tmp_path / "out"), *more]) == 2
+        assert "half of a launcher" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "ray", None)
+    words = ["train", "model", "-o", str(tmp_path / "out"), "--launcher", "ray", "--processes", "2"]
+    assert main(words) == 2
+    assert "pip install 'lowbit[ray-train]'" in capsys.readouterr().err
