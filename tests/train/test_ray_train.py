@@ -29,7 +29,8 @@ FEW: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    with Cluster(cpus=2) as found:
+    # Ray kills workers where the machine is short of memory, whoever took it.
+    with Cluster(cpus=2, environment={"RAY_memory_monitor_refresh_ms": "0"}) as found:
         yield found
 
 
