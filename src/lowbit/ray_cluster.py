@@ -37,10 +37,12 @@ def library(where: str = "--engine ray", extra: str = "ray") -> Any:
     return ray
 
 
-def connect(address: str, *, shows: bool = False) -> bool:
+def connect(address: str, *, shows: bool = False, tells: bool = False) -> bool:
     """Joins the cluster; False where this process is in one already, which then stays as it is. Raises BadOption.
 
-    shows: whether what its workers print is printed here."""
+    shows: whether what its workers print is printed here. tells: whether they are told which cluster is theirs, for
+    those that look for it themselves, where another may run on the same machine.
+    """
     ray = library()
     if ray.is_initialized():
         return False
@@ -48,7 +50,8 @@ def connect(address: str, *, shows: bool = False) -> bool:
     if not shows:
         _hush()
     try:
-        ray.init(address=target, log_to_driver=shows, configure_logging=False)
+        told = {"runtime_env": {"env_vars": {"RAY_ADDRESS": target}}} if tells else {}
+        ray.init(address=target, log_to_driver=shows, configure_logging=False, **told)
     except Exception as error:
         with contextlib.suppress(Exception):
             ray.shutdown()

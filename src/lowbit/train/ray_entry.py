@@ -48,7 +48,9 @@ def train_on_ray(
     options = options or TrainOptions()
     out = Path(out).absolute()
     folder = work_folder(out, work).absolute()
-    joined = ray_cluster.connect(address or os.environ.get("RAY_ADDRESS") or "auto", shows=not console.is_quiet())
+    joined = ray_cluster.connect(
+        address or os.environ.get("RAY_ADDRESS") or "auto", shows=not console.is_quiet(), tells=True
+    )
     try:
         each = _resources(processes, options)
         backend = "cuda:nccl,cpu:gloo" if "GPU" in each else "gloo"  # as ``lowbit.train.world`` has it
