@@ -148,7 +148,7 @@ class FolderCheckpoint(Checkpoint):
         spec = self._spec(name)
         stored = self._stored[name]
         if self._scheme and stored in self._packed:
-            return info_of(spec, self._scheme.grid(self._files, stored), self._scheme.block_grid())
+            return info_of(spec, self._scheme.grid(self._files, stored), self._scheme.block_grid(self._files, stored))
         return info_of(spec, self._files[stored].entries[stored].dtype, self._coded()[0].get(name))
 
     @property

@@ -51,12 +51,12 @@ class Scheme(ABC):
     def coded_rows(self, files: Files, name: str, start: int, stop: int) -> Blocks:
         """Rows of the codes and scales as they are stored; scales float16, or float32 where BF16 or F32 is stored."""
 
-    def block_grid(self) -> str | None:
+    def block_grid(self, files: Files, name: str) -> str | None:
         """The grid whose blocks ``block_rows`` gives."""
         return None
 
     def block_rows(self, files: Files, name: str, start: int, stop: int) -> np.ndarray | None:
-        """The same codes as blocks of a GGUF format, uint8 (stop - start, row_bytes), where there is one."""
+        """The same codes as blocks of ``block_grid``, uint8 (stop - start, row_bytes), where there is one."""
         return None
 
     def read_rows(self, files: Files, name: str, start: int, stop: int) -> np.ndarray:

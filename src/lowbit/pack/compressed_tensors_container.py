@@ -1,9 +1,13 @@
-"""The compressed-tensors container: a folder of symmetric 4-bit integers (w4a16, pack-quantized) that transformers and
-vLLM load.
+"""The compressed-tensors container: a folder of symmetric integers (pack-quantized) that transformers loads; those of 4
+bits in groups (w4a16) vLLM, too.
 
 Codes from -8 to 7 times a scale a group: those of a lattice, of a checkpoint that was trained on Q4_0 and of a GGUF's
 Q4_0 blocks stay as they are. Source: compressed_tensors/compressors/pack_quantized and config/base.py. A layer's
 experts are written one by one, as vLLM reads them (``checkpoint.compressed_tensors``).
+
+The mobile schema's classes have a scale a row (strategy ``channel``) and 2, 4 or 8 bits, each class a group of the
+config. Scales are float32, so that what the library makes of them is code times scale to the bit. It packs no
+embeddings: those are stored as the values that their codes stand for.
 """
 
 from __future__ import annotations
@@ -17,10 +21,11 @@ import numpy as np
 from lowbit import console
 from lowbit import grid as grids
 from lowbit.checkpoint import Checkpoint
-from lowbit.checkpoint.compressed_tensors import matrices_of, stored_parts
+from lowbit.checkpoint.compressed_tensors import matrices_of, stored_parts, words_of
 from lowbit.checkpoint.families.base import TensorSpec
 from lowbit.checkpoint.packed import experts_of
 from lowbit.errors import Unsupported
+from lowbit.grid._channelwise import Channelwise
 from lowbit.grid._int4 import Int4
 from lowbit.grid.base import Blocks
 from lowbit.pack import lattice, model_folder
@@ -33,7 +38,7 @@ _FLOATS = ("f32", "f16", "bf16")
 
 
 def holds(grid: str) -> bool:
-    return grid in _FLOATS or isinstance(grids.get(grid), Int4)
+    return grid in _FLOATS or isinstance(grids.get(grid), Int4 | Channelwise)
 
 
 def write(
@@ -49,12 +54,13 @@ def write(
 ) -> int:
     """See containers.Container. Tensors on 'f32' lie in 16 bits where nothing of them is lost."""
     refuse(guide, "compressed-tensors")
-    quantized = {name: grid for name, kind in types.items() if isinstance(grid := grids.get(kind), Int4)}
+    coded = {name: grid for name, kind in types.items() if isinstance(grid := grids.get(kind), Int4 | Channelwise)}
+    quantized = {name: grid for name, grid in coded.items() if "embedding" not in checkpoint.specs[name].role}
     for name, grid in quantized.items():
-        shape = checkpoint.specs[name].shape
-        if len(shape) != (2 if experts_of(name) is None else 3) or shape[-1] % grid.block_size:
+        shape, unit = checkpoint.specs[name].shape, _unit(grid)
+        if len(shape) != (2 if experts_of(name) is None else 3) or shape[-1] % unit:
             raise Unsupported(
-                f"not a matrix whose rows are a multiple of {grid.block_size}, which {grid.name} needs",
+                f"not a matrix whose rows are a multiple of {unit}, which {grid.name} needs",
                 where=name, found=list(shape), hint="Choose a float recipe such as bf16",
             )  # fmt: skip
     preferred = model_folder.preferred_dtype(checkpoint, tuple(quantized))
@@ -62,6 +68,9 @@ def write(
         console.log("experts are written one by one, as vLLM reads them; transformers must be told (docs/formats.md)")
 
     def parts_of(spec: TensorSpec) -> Iterator[Part]:
+        if spec.name in coded and spec.name not in quantized:
+            yield _as_values(checkpoint, spec, coded[spec.name], naive=naive, threads=threads)
+            return
         if spec.name not in quantized:
             yield model_folder.float_part(checkpoint, spec, types[spec.name], preferred)
             return
@@ -82,42 +91,106 @@ def write(
     )
 
 
-def _config(checkpoint: Checkpoint, quantized: Mapping[str, Int4], preferred: str) -> dict[str, Any]:
+def _unit(grid: Int4 | Channelwise) -> int:
+    """What rows are a multiple of: a group, or the codes of a word."""
+    return 32 // grid.bits if isinstance(grid, Channelwise) else grid.block_size
+
+
+def _config(checkpoint: Checkpoint, quantized: Mapping[str, Int4 | Channelwise], preferred: str) -> dict[str, Any]:
     config = {key: value for key, value in checkpoint.config.items() if key not in ("torch_dtype", "_name_or_path")}
-    config |= {"tie_word_embeddings": checkpoint.tied, "dtype": model_folder.CONFIG_DTYPES[preferred]}
+    exact = any(isinstance(grid, Channelwise) for grid in quantized.values())
+    dtype = "float32" if exact else model_folder.CONFIG_DTYPES[preferred]
+    config |= {"tie_word_embeddings": checkpoint.tied, "dtype": dtype}
     if quantized:
-        weights = {
-            "num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "dynamic": False, "actorder": None,
-            "group_size": next(iter(quantized.values())).block_size,
-        }  # fmt: skip
-        group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
         config["quantization_config"] = {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
             "quantization_status": "compressed",
-            "config_groups": {"group_0": group | {"format": "pack-quantized"}},
+            "config_groups": _groups(checkpoint, quantized),
             "ignore": _ignored(checkpoint, quantized),
             "kv_cache_scheme": None,
         }
     return config
 
 
-def _ignored(checkpoint: Checkpoint, quantized: Mapping[str, Int4]) -> list[str]:
+def _groups(checkpoint: Checkpoint, quantized: Mapping[str, Int4 | Channelwise]) -> dict[str, Any]:
+    """One of each kind of weights; where there are several, each names its modules."""
+    kinds: dict[str, list[str]] = {}
+    for name, grid in quantized.items():
+        matrices = matrices_of(name, range(checkpoint.specs[name].shape[0]))
+        kinds.setdefault(grid.name, []).extend(matrix.removesuffix(".weight") for matrix in matrices)
+    found = {}
+    for i, (kind, modules) in enumerate(kinds.items()):
+        one = grids.get(kind)
+        bits = one.bits if isinstance(one, Channelwise) else None
+        weights = {
+            "num_bits": bits or 4, "type": "int", "symmetric": True, "strategy": "channel" if bits else "group",
+            "dynamic": False, "actorder": None, "group_size": None if bits else one.block_size,
+        }  # fmt: skip
+        targets = ["Linear"] if len(kinds) == 1 else modules
+        found[f"group_{i}"] = {
+            "targets": targets, "weights": weights, "input_activations": None, "output_activations": None,
+            "format": "pack-quantized",
+        }  # fmt: skip
+    return found
+
+
+def _ignored(checkpoint: Checkpoint, quantized: Mapping[str, Int4 | Channelwise]) -> list[str]:
     """Linear modules that are not quantized: the head, which is there as a module also where it is the embedding, and
     whatever else is a matrix but no embedding."""
     others = (spec for spec in checkpoint.specs.values() if len(spec.shape) == 2 and spec.name not in quantized)
     modules = [spec.name.removesuffix(".weight") for spec in others if "embedding" not in spec.role]
-    return sorted({"lm_head", *modules})
+    return sorted({*modules} if "lm_head.weight" in quantized else {"lm_head", *modules})
 
 
 def _names(spec: TensorSpec) -> tuple[str, ...]:
     return tuple(part for matrix in matrices_of(spec.name, range(spec.shape[0])) for part in stored_parts(matrix))
 
 
+def _of_rows(
+    checkpoint: Checkpoint, spec: TensorSpec, grid: Int4 | Channelwise, start: int, stop: int, *, naive: bool
+) -> Blocks:
+    """Rows on a grid of the mobile schema: the source's own codes and scales where it has them, else the library's
+    rounding of its values."""
+    coded = None if naive else checkpoint.coded_rows(spec.name, start, stop)
+    own = coded is not None and (
+        coded[0] == grid.name
+        or (isinstance(source := grids.get(coded[0]), Channelwise) and isinstance(grid, Channelwise)
+            and source.bits <= grid.bits)
+    )  # fmt: skip
+    blocks = coded[1] if coded is not None and own else grid.quantize(plain_rows(checkpoint, spec, start, stop))
+    assert blocks.scales is not None
+    grids.check_finite(blocks.scales, f"{checkpoint.path}: {spec.name}")
+    return blocks
+
+
+def _as_values(
+    checkpoint: Checkpoint, spec: TensorSpec, grid: Int4 | Channelwise, *, naive: bool, threads: int | None
+) -> Part:
+    """An embedding: what its codes stand for, float32, or float16 where that holds it all."""
+
+    def values(start: int, stop: int) -> np.ndarray:
+        return grid.dequantize(_of_rows(checkpoint, spec, grid, start, stop, naive=naive))
+
+    found = model_folder.each_slice(spec, values, threads)
+    dtype = model_folder.scale_dtype(found, [], "F16")
+    arrays = (model_folder.as_bytes(part, dtype) for part in found)
+    return Part(name=spec.name, dtype=dtype, shape=spec.shape, arrays=arrays)
+
+
 def _coded(
-    checkpoint: Checkpoint, spec: TensorSpec, grid: Int4, preferred: str, *, naive: bool, threads: int | None
-) -> list[tuple[np.ndarray, np.ndarray]]:
+    checkpoint: Checkpoint, spec: TensorSpec, grid: Int4 | Channelwise, preferred: str, *, naive: bool,
+    threads: int | None,
+) -> list[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
     """The matrix in slices of rows: the codes' bytes, and float32 scales (rows, n_groups)."""
+    if isinstance(grid, Channelwise):
+
+        def encode_rows(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+            blocks = _of_rows(checkpoint, spec, grid, start, stop, naive=naive)
+            assert blocks.scales is not None
+            return words_of(grid, grid.pack_codes(blocks.codes[:, 0])), blocks.scales.astype(np.float32)
+
+        return model_folder.each_slice(spec, encode_rows, threads)
     own = not naive and _own_codes(checkpoint, spec, grid, 0, 1) is not None
     dtype = "F32" if own or naive else plain_precision_of(checkpoint, spec)
 
@@ -133,18 +206,22 @@ def _coded(
     return model_folder.each_slice(spec, encode, threads)
 
 
-def _parts(spec: TensorSpec, grid: Int4, found: list[tuple[np.ndarray, np.ndarray]], preferred: str) -> Iterator[Part]:
+def _parts(
+    spec: TensorSpec, grid: Int4 | Channelwise, found: list[tuple[np.ndarray, np.ndarray]], preferred: str
+) -> Iterator[Part]:
     scales = [part for _, part in found]
-    stored = model_folder.scale_dtype(scales, [], preferred)
+    of_rows = isinstance(grid, Channelwise)
+    stored = "F32" if of_rows else model_folder.scale_dtype(scales, [], preferred)
     matrices, n = matrices_of(spec.name, range(spec.shape[0])), spec.shape[-1]
     n_rows = spec.n_rows // len(matrices)
     words = [part for part, _ in found]
+    per_word = _unit(grid) if of_rows else 8
     bytes_ = [model_folder.as_bytes(part, stored) for part in scales]
     for i, matrix in enumerate(matrices):
         packed, scale, shape = stored_parts(matrix)
         start, stop = i * n_rows, (i + 1) * n_rows
-        yield Part(name=packed, dtype="I32", shape=(n_rows, n // 8), arrays=_rows(words, start, stop))
-        width = n // grid.block_size
+        yield Part(name=packed, dtype="I32", shape=(n_rows, n // per_word), arrays=_rows(words, start, stop))
+        width = 1 if of_rows else n // grid.block_size
         yield Part(name=scale, dtype=stored, shape=(n_rows, width), arrays=_rows(bytes_, start, stop))
         yield Part(name=shape, dtype="I64", shape=(2,), arrays=[np.array([n_rows, n], "<i8")])
 
