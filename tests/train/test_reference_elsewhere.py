@@ -23,7 +23,7 @@ import torch
 import lowbit
 from lowbit import record_file
 from lowbit.cli import main
-from lowbit.errors import BadFile, BadOption, NotFound, RuntimeFailed, Unsupported
+from lowbit.errors import BadFile, BadOption, LowbitError, NotFound, RuntimeFailed, Unsupported
 from lowbit.reference import reference
 from lowbit.train import TrainOptions
 from lowbit.train.drafter import train_drafter
@@ -233,6 +233,31 @@ def test_files_that_lie_or_are_damaged_are_refused(model: Path, file: Path, tmp_
     (tmp_path / "bad").write_bytes(bytes(impossible) + hashlib.sha256(impossible).digest())
     with pytest.raises(BadFile, match="token id in row 15 of sequence 23"):
         ReferenceFile(tmp_path / "bad")
+
+
+def test_hostile_files_are_refused_or_usable(file: Path, tmp_path: Path) -> None:
+    """Some bytes changed, often with a checksum that is right again: one of our errors, or targets that are numbers."""
+    good, rng, used = file.read_bytes(), random.Random(0), 0
+    head = torch.nn.functional.log_softmax(torch.randn(1, 320, generator=torch.Generator().manual_seed(0)), -1)
+    for _ in range(300):
+        whole = bytearray(good)
+        for _ in range(rng.randrange(1, 4)):
+            whole[rng.choice([rng.randrange(300), rng.randrange(len(whole)), -rng.randrange(33, 3000)])] = (
+                rng.randrange(256)
+            )
+        if rng.random() < 0.8:
+            whole[-record_file.DIGEST :] = hashlib.sha256(whole[: -record_file.DIGEST]).digest()
+        (tmp_path / "hostile").write_bytes(whole)
+        try:
+            held = ReferenceFile(tmp_path / "hostile")
+        except LowbitError as error:
+            assert "\n" not in str(error)
+            continue
+        targets = held.targets(torch.tensor([held.header.sequences - 1]), None, torch.device("cpu"))
+        divergence, slope = targets.compare(slice(None), head.expand(held.header.length, 320).clone())
+        assert not divergence.isnan().any() and not slope.isnan().any()
+        used += 1
+    assert 20 < used < 280
 
 
 def test_a_process_answers_what_the_file_holds_and_refuses_the_rest(
