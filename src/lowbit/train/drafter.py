@@ -125,6 +125,9 @@ class _DrafterRun(Run):
             parameter.requires_grad_(id(parameter) not in ends)
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
+    def _is_worse(self, before: float | None, after: float | None) -> bool:
+        return False  # there is no start to go back to
+
     def described(self, curve: list[dict[str, Any]], distilled: float, sequences: int) -> dict[str, Any]:
         record = describe(dataclasses.replace(self.options, start="nearest"), self.ledger, curve, distilled, sequences)
         return record | {"phases": record["phases"][-1:], "drafts_for": self.checkpoint.name}

@@ -38,6 +38,7 @@ _LOWEST = 0.01  # of the peak learning rate, where the cosine ends
 _ROW_RATE, _BLOCK_RATE, _RANGE_RATE = 1e-4, 3e-5, 1e-3
 _SMALLEST_SCALE = 1e-8
 _WEIGHTS = "trained.safetensors"
+_START = "start_kld"
 _WHOLE = "whole"  # marks a checkpoint folder that was written to its end
 _SAVE_EVERY = 60.0  # seconds between checkpoints, at least
 _LOOK_EVERY = 0.05  # of the schedule between two looks at the held-out rows, at least
@@ -164,6 +165,11 @@ class DistillationTrainer(Trainer):
 
     def _order(self, sequences: np.ndarray) -> IterableDataset[Any]:
         return SequenceOrder(sequences, self.options.seed)
+
+    @property
+    def start_kld(self) -> float | None:
+        """The KLD on unseen text before the first step, also of a run that went on; None where there is no such text."""
+        return next((entry[_START] for entry in self.state.log_history if _START in entry), None)
 
     def note_step(self) -> None:
         """Takes the loss of the step that just ended into the recent ones' mean."""
@@ -298,6 +304,10 @@ class _Clock(TrainerCallback):  # type: ignore[misc]
         self.kld: float | None = None
         self.bar = console.Progress()
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 0:
+            state.log_history.append({_START: self.trainer.unseen_kld()})
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         schedule = self.trainer.schedule
         self.trainer.note_step()
@@ -374,7 +384,8 @@ def _mark(checkpoint: Path) -> dict[str, Any]:
 def distil(
     make_trainer: Callable[[float], DistillationTrainer], checkpoint: tuple[Path, float] | None
 ) -> tuple[DistillationTrainer, list[dict[str, Any]]]:
-    """Trains until the budget is spent, going on from the newest checkpoint. Gives the trainer and its curve.
+    """Trains until the budget is spent, going on from the newest checkpoint. Gives the trainer and its curve, whose
+    last entry has the KLD on unseen text.
 
     make_trainer: from the seconds that distillation has taken so far. checkpoint: as ``latest_checkpoint`` found it.
     """

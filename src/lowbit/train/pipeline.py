@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import math
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -451,20 +452,35 @@ class Run:
         trained = self.chosen()
         seconds = self.left(start)
         curve: list[dict[str, Any]] = []
+        is_worse = False
         # What was trained before a kill counts, also where loading it again has used up the budget.
         checkpoint = self.world.first(lambda: latest_checkpoint(self.work / "trainer"))
         if trained and (seconds > 0 or self.options.steps or checkpoint is not None):
-            _, curve = distil(lambda spent: self._trainer(seconds, spent), checkpoint)
+            trainer, curve = distil(lambda spent: self._trainer(seconds, spent), checkpoint)
+            is_worse = self._is_worse(trainer.start_kld, curve[-1].get("kld"))
         distilled = curve[-1]["seconds"] if curve else time.monotonic() - start
         if self._diverged(trained):
             hint = "Start again in another --out with a smaller --learning-rate"
             raise BadOption("the training has diverged", where=self.out, found="NaN or Inf", hint=hint)
-        self._save(self.out, self.saved_like, self.options.trained_for)
+        if is_worse:
+            self.world.first(lambda: shutil.copytree(self.work / "start", self.out, dirs_exist_ok=True))
+        else:
+            self._save(self.out, self.saved_like, self.options.trained_for)
         self.ledger.stages["distil"] = distilled
         trained_on = len(self.sequences) - _held_out(len(self.sequences))
         self.ledger.facts["record"] = self.described(curve, distilled, trained_on)
         self.ledger.stages["export"] = 0.0
         self.ledger.save()
+
+    def _is_worse(self, before: float | None, after: float | None) -> bool:
+        """Whether distillation is thrown away: a few steps are noise, which a start this good can only lose by."""
+        if before is None or after is None or not after > before:
+            return False
+        console.log(
+            f"Distillation does not help with unseen text (KLD {before:.4f}, then {after:.4f}): the start is kept"
+        )
+        self.ledger.facts["kept"] = "start"
+        return True
 
     def _trainer(self, seconds: float, spent: float) -> DistillationTrainer:
         return DistillationTrainer(self.model, schedule=Schedule(self.options, seconds, spent), **self._for_trainer())

@@ -26,7 +26,8 @@ def describe(
         tokens = facts.get("calibration_tokens", 0)
         phases.append({"name": "calibrated", "seconds": stages["calibrate"], "tokens": tokens, "detail": detail})
     tokens = rows * options.sequence_length
-    phases.append({"name": "distilled", "seconds": distilled, "tokens": tokens, "detail": f"{steps} steps"})
+    detail = f"{steps} steps" + (", no help with unseen text: the start was kept" if "kept" in facts else "")
+    phases.append({"name": "distilled", "seconds": distilled, "tokens": tokens, "detail": detail})
     return {
         "minutes": options.minutes,
         "precision": facts["dtype"],
