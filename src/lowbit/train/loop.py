@@ -168,7 +168,7 @@ class DistillationTrainer(Trainer):
 
     @property
     def start_kld(self) -> float | None:
-        """The KLD on unseen text before the first step, also of a run that went on; None where there is no such text."""
+        """The KLD on unseen text before the first step, also of a run that went on; None where there is none."""
         return next((entry[_START] for entry in self.state.log_history if _START in entry), None)
 
     def note_step(self) -> None:
