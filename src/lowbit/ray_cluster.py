@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
 import re
+import signal
 import socket
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from lowbit.errors import BadOption
 
 _SECONDS = 5.0  # for a connection to the head
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,55 @@ def library(where: str = "--engine ray", extra: str = "ray") -> Any:
     except ImportError:
         raise BadOption("ray is not installed", where=where, hint=f"Run: pip install 'lowbit[{extra}]'") from None
     return ray
+
+
+async def aside(work: Callable[[], _T], seconds: float) -> _T:
+    """What ``work`` gives, from a thread that nothing waits for when the process ends: without its head a cluster's
+    calls hang. Raises TimeoutError."""
+    loop = asyncio.get_running_loop()
+    found: asyncio.Future[_T] = loop.create_future()
+
+    def settle(result: _T | None, error: BaseException | None) -> None:
+        if not found.done():
+            found.set_exception(error) if error is not None else found.set_result(result)  # type: ignore[arg-type]
+
+    def run() -> None:
+        try:
+            result, error = work(), None
+        except BaseException as raised:
+            result, error = None, raised
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody asks any more
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await asyncio.wait_for(found, seconds)
+
+
+def later(work: Callable[[], Any]) -> None:
+    """Has it done in a thread that nobody waits for, whatever comes of it."""
+
+    def run() -> None:
+        with contextlib.suppress(Exception):
+            work()
+
+    threading.Thread(target=run, daemon=True).start()
+
+
+def keep_signals() -> None:
+    """Joining a cluster has Ray's C++ part print a stack at SIGTERM, before Python hears of it. What Python had is put
+    back, where this is the main thread."""
+    with contextlib.suppress(ValueError):
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+        signal.siginterrupt(signal.SIGTERM, False)  # as asyncio has it
+
+
+def head_answers() -> bool:
+    """Whether the head of the joined cluster takes connections."""
+    host, _, port = library().get_runtime_context().gcs_address.rpartition(":")
+    with contextlib.suppress(OSError):
+        socket.create_connection((host.strip("[]"), int(port)), _SECONDS).close()
+        return True
+    return False
 
 
 def connect(address: str, *, shows: bool = False, tells: bool = False) -> bool:
@@ -75,8 +129,8 @@ def said(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     for line in reversed(lines):
         if found := re.match(r"(?:\w+\.)*([A-Z]\w+: .*)", line):
-            return found[1][:300]
-    return (lines[0] if lines else type(error).__name__)[:300]
+            return found[1][:200]
+    return (lines[0] if lines else type(error).__name__)[:200]
 
 
 def _hush() -> None:

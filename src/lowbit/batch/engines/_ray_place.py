@@ -17,8 +17,8 @@ from lowbit.batch.engines.base import Lost, NotReached
 from lowbit.batch.items import Item
 
 _PULSE, _PATIENCE = 1.0, 30.0  # seconds between two questions to a worker, and for an answer
-_REST, _LONGEST = 1.0, 60.0  # seconds before a new worker, doubled each time
-_CLOSE = 20.0  # seconds for a worker to end its server
+_REST, _LONGEST = 1.0, 60.0  # seconds before a new worker, doubled each time that none comes up
+_MAKE, _CLOSE = 60.0, 20.0  # seconds for the cluster to take note of a worker, and for one to end its server
 
 
 class _Gone(Exception):
@@ -62,14 +62,15 @@ class Place:
         """Until the node is gone."""
         rest = _REST
         while self.alive:
-            before = self.answered
+            came = False
             try:
                 await self._fill()
+                came = True
                 await self._watch()
-            except (_Gone, OSError, cluster.library().exceptions.RayError) as error:
+            except Exception as error:  # of Ray, of the network, of the worker: people are told, and another is made
                 self._lost(cluster.said(error))
             await self._on_change()
-            rest = _REST if self.answered > before else min(_LONGEST, 2 * rest)
+            rest = _REST if came else min(_LONGEST, 2 * rest)
             await asyncio.sleep(rest)
         self._state, self.why = "gone", "the node is gone"
         await self._on_change()
@@ -90,8 +91,7 @@ class Place:
             body = answer(await self._or_gone(reference, gone))
         except asyncio.CancelledError:
             if reference is not None:
-                with contextlib.suppress(Exception):
-                    cluster.library().cancel(reference)
+                cluster.later(functools.partial(cluster.library().cancel, reference))
             raise
         except cluster.library().exceptions.RayError as error:
             self._end(gone, cluster.said(error))
@@ -114,10 +114,11 @@ class Place:
         handle, self._handle, self._ready = self._handle, None, False
         if handle is None:
             return
+        if self.alive:
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(_got(handle.close.remote()), _CLOSE)
         with contextlib.suppress(Exception):
-            await asyncio.wait_for(_got(handle.close.remote()), _CLOSE)
-        with contextlib.suppress(Exception):
-            cluster.library().kill(handle)
+            await cluster.aside(functools.partial(cluster.library().kill, handle), _CLOSE)
 
     # The worker
 
@@ -127,7 +128,7 @@ class Place:
         self._state = "starts"
         if self.failed is None:  # else that is what people want to know
             self.why = "waits for a GPU" if self._work.vllm else "waits for the node's cores"
-        self._handle = self._made()
+        self._handle = await cluster.aside(self._made, _MAKE)
         found = await self._call(self._handle.version.remote())
         if found != lowbit.__version__:
             raise _Gone(f"lowbit {found} is on this node, {lowbit.__version__} where the batch runs")
@@ -199,8 +200,7 @@ class Place:
         self._end(self._gone, why)
         handle, self._handle = self._handle, None
         if handle is not None:
-            with contextlib.suppress(Exception):
-                cluster.library().kill(handle)
+            cluster.later(functools.partial(cluster.library().kill, handle))
 
     @staticmethod
     def _end(gone: asyncio.Future[str], why: str) -> None:

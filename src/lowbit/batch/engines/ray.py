@@ -35,6 +35,7 @@ from lowbit.errors import BadOption, RuntimeFailed
 
 _EVERY = 1.0  # seconds between two looks at the cluster's nodes
 _SAY_AFTER = 10.0  # seconds without any worker
+_HEADLESS, _PARTING = 30.0, 20.0  # seconds without the head until the batch is given up, and for the end of a session
 _AUTO = "auto"
 
 
@@ -58,7 +59,8 @@ class Ray(Engine):
         self._longest, self._joined = 0, False
         self._places: dict[tuple[str, int], Place] = {}
         self._caring: dict[tuple[str, int], asyncio.Task[None]] = {}
-        self._watch: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._no_head: str | None = None
         self._changed = asyncio.Condition()
 
     @classmethod
@@ -96,11 +98,13 @@ class Ray(Engine):
 
     async def __aenter__(self) -> Self:
         self._joined = await asyncio.to_thread(cluster.connect, self.address)
+        cluster.keep_signals()
+        self._places, self._no_head, self._nodes = {}, None, 0
         try:
             work = await asyncio.to_thread(self._work)
             put = cluster.library().put
             sending = {needed.path: Sending(needed, put) for needed in work.files}
-            self._watch = asyncio.create_task(self._look_after(work, sending))
+            self._tasks = [asyncio.create_task(self._look_after(work, sending)), asyncio.create_task(self._heed_head())]
             await self._first()
         except BaseException:
             await self.__aexit__()
@@ -108,19 +112,23 @@ class Ray(Engine):
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        tasks = [task for task in (self._watch, *self._caring.values()) if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        tasks = [*self._tasks, *self._caring.values()]
+        while pending := [task for task in tasks if not task.done()]:
+            for task in pending:  # again: Python 3.11's wait_for may swallow one
+                task.cancel()
+            await asyncio.wait(pending, timeout=1.0)
         await asyncio.gather(*(place.close() for place in self._places.values()), return_exceptions=True)
-        self._watch, self._caring = None, {}
+        self._tasks, self._caring = [], {}
         if self._joined:
             self._joined = False
-            await asyncio.to_thread(cluster.library().shutdown)
+            with contextlib.suppress(TimeoutError):
+                await cluster.aside(cluster.library().shutdown, _PARTING)
 
     async def ask(self, item: Item) -> dict[str, Any]:
         tried: NotReached | None = None
         while True:
+            if self._no_head is not None:
+                raise NotReached(self._no_head, final=True)
             place = await self._free(tried)
             try:
                 return await place.ask(item)
@@ -130,7 +138,11 @@ class Ray(Engine):
                 await self._tell()
 
     async def ready(self) -> bool:
-        return any(place.room for place in self._places.values())
+        return self._no_head is not None or any(place.room for place in self._places.values())  # ask() says why
+
+    @property
+    def ended(self) -> str | None:
+        return self._no_head
 
     # Nodes
 
@@ -151,8 +163,8 @@ class Ray(Engine):
     async def _look_after(self, work: Work, sending: dict[str, Sending]) -> None:
         """Gives every node its workers, those that come later too, for as long as the batch runs."""
         while True:
-            with contextlib.suppress(ConnectionError, TimeoutError, RuntimeError):
-                alive = {node.id: node for node in await asyncio.to_thread(cluster.nodes)}
+            with contextlib.suppress(Exception):  # of Ray and the network; the next look may go better
+                alive = {node.id: node for node in await cluster.aside(cluster.nodes, _HEADLESS)}
                 for node in alive.values():
                     for number in range(_workers(node, work)):
                         key = (node.id, number)
@@ -165,12 +177,26 @@ class Ray(Engine):
             await self._tell()
             await asyncio.sleep(_EVERY)
 
-    _nodes = 0
+    _nodes = 0  # that are alive
+
+    async def _heed_head(self) -> None:
+        """Ends the batch for now where the head is gone: Ray would end the whole process, after a minute."""
+        heard = time.monotonic()
+        while self._no_head is None:
+            if await asyncio.to_thread(cluster.head_answers):
+                heard = time.monotonic()
+            elif time.monotonic() - heard > _HEADLESS:
+                self._no_head = f"the head of the cluster did not answer for {_HEADLESS:.0f} seconds"
+                for place in self._places.values():
+                    place.node_is(False)
+            await asyncio.sleep(_EVERY)
 
     async def _first(self) -> None:
         """Returns when one worker answers. Raises RuntimeFailed where none will."""
         begun, told = time.monotonic(), False
         while not any(place.room for place in self._places.values()):
+            if self._no_head is not None:
+                raise RuntimeFailed(self._no_head, where=self.place())
             failed = [place.failed for place in self._places.values() if place.failed is not None]
             if failed and len(failed) == len(self._places):
                 raise RuntimeFailed("no worker comes up", where=self.place(), found=failed[0])
