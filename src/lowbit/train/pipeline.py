@@ -365,7 +365,7 @@ class Run:
         if self.options.activations == "runtime":
             round_activations(self.model)
         if not (self.work / "start" / MANIFEST).exists():
-            self._save(self.work / "start", self.checkpoint)
+            self._save(self.work / "start", self.checkpoint, self.options.trained_for)
 
     def ask_reference(self) -> None:
         """What the reference says of the sequences that there is still time for, rounding having taken its own."""

@@ -110,7 +110,7 @@ class ShardedRun(Run):
                     rows.copy_(moved)
                 quantizer.start(rows, frames.from_tensors(found, self.device).get(name))
         if not self.world.share((self.work / "start" / MANIFEST).exists()):
-            self._save(self.work / "start", self.checkpoint)
+            self._save(self.work / "start", self.checkpoint, self.options.trained_for)
         self.world.wait()
 
     def _trainer(self, seconds: float, spent: float) -> ShardedTrainer:
