@@ -6,11 +6,11 @@ Each node is a session of processes, so that kill -9 takes raylet, agents and wo
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -82,8 +82,9 @@ class Cluster:
         given.pop("RAY_ADDRESS", None)
         with open(self.folder / f"{address}.log", "wb") as log:
             self._nodes[address] = subprocess.Popen(
-                command, env=given, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
+                command, env=given, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                preexec_fn=_end_with_parent,
+            )  # fmt: skip
 
     def kill(self, address: str) -> None:
         """kill -9 of all that runs on a node, at once."""
@@ -117,14 +118,12 @@ class Cluster:
         return self.processes("_server_child")
 
 
+def _end_with_parent() -> None:
+    """`ray start --block` ends its node at SIGTERM: also where the tests themselves were killed."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 def can_hide() -> bool:
     """Whether this process may mount."""
     words = ["unshare", "--mount", "sh", "-c", "mount -t tmpfs none /mnt"]
     return shutil.which("unshare") is not None and subprocess.run(words, capture_output=True).returncode == 0
-
-
-def answers(port: int, address: str = "127.0.0.2") -> bool:
-    with contextlib.suppress(OSError):
-        socket.create_connection((address, port), 1).close()
-        return True
-    return False

@@ -22,9 +22,12 @@ from standin_vllm import answer, install
 
 from lowbit import batch
 from lowbit.batch.engines import _ray_place
+from lowbit.batch.engines._ray_worker import Worker, request
+from lowbit.batch.items import Item
 from lowbit.batch.options import BatchOptions
+from lowbit.batch.table import TableOptions
 from lowbit.checkpoint.resolve import resolve
-from lowbit.errors import BadOption
+from lowbit.errors import BadOption, RuntimeFailed
 from lowbit.files import sha256
 from lowbit.model_server import ModelOptions
 
@@ -204,6 +207,24 @@ def test_a_checkpoint_is_served_where_the_gpus_are(cluster: Cluster, tmp_path: P
     assert found["12"]["error"]["code"] == "server_crashed"
     assert contents(out) == {str(i): answer(text) for i, text in enumerate(said) if text != "crash"}
     assert told(source)["127.0.0.2, GPU 0"]["answered"] == len(said) - 1
+
+
+def test_a_check_that_only_the_runner_has(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is made on the spot goes along; of a module's function only the name does."""
+    (tmp_path / "only_here.py").write_text("def check(value):\n    return None\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from only_here import check  # type: ignore[import-not-found]
+
+    item = Item("a", "/v1/chat/completions", {}, check=lambda value: f"not {value}")
+    assert Worker()._check(request(item)["check"])(3) == "not 3"
+    source = tmp_path / "in.csv"
+    source.write_text("text\nword\n")
+    with pytest.raises(RuntimeFailed, match="does not have what --schema names: No module named 'only_here'"):
+        batch.run(
+            source, tmp_path / "out.jsonl", model="smollm2-135m", engine="ray", ray_address=cluster.address,
+            table=TableOptions(template="{{ text }}", check=check), model_options=ModelOptions(context=512),
+        )  # fmt: skip
+    assert batch.status(source).in_flight == 0
 
 
 def test_a_cluster_of_another_version(cluster: Cluster, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import lowbit
 from lowbit import console
 from lowbit import ray_cluster as cluster
-from lowbit.batch.engines._ray_worker import CONCURRENCY, Work, Worker, answer, request
+from lowbit.batch.engines._ray_worker import CONCURRENCY, Refused, Work, Worker, answer, request
 from lowbit.batch.engines._shipping import Sending
 from lowbit.batch.engines.base import Lost, NotReached
 from lowbit.batch.items import Item
@@ -98,10 +98,9 @@ class Place:
             raise Lost(f"{self.name}: {cluster.said(error)}", machine=True) from error
         except _Gone as error:
             raise Lost(f"{self.name}: {error}", machine=True) from error
-        except NotReached as error:
-            self._pause(str(error))
+        except Refused:
             raise
-        except Lost as error:
+        except (NotReached, Lost) as error:
             self._pause(str(error))
             raise
         finally:

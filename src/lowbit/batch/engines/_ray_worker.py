@@ -98,13 +98,13 @@ class Worker:
         return {"ready": ended is None and await self._engine.ready(), "ended": ended}
 
     async def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """One of {"body"}, {"failed"}, {"not_reached"}, {"lost"}; ``answer`` turns it into what Engine.ask does."""
+        """One of {"body"}, {"failed"}, {"not_reached"}, {"lost"}, {"refused"}; ``answer`` turns it into what Engine.ask
+        does."""
         assert self._engine is not None
         try:
             item = Item(**request | {"check": self._check(request["check"])})
         except ImportError as error:
-            said = f"--schema names what a node of the cluster does not have: {error}"
-            return {"not_reached": {"message": said, "final": True}}
+            return {"refused": f"a node of the cluster does not have what --schema names: {error}"}
         try:
             return {"body": await self._engine.ask(item)}
         except NotReached as error:
@@ -134,6 +134,13 @@ class Worker:
         return self._checks[pickled]
 
 
+class Refused(NotReached):
+    """No worker will take the batch's requests. Waiting does not help."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, final=True)
+
+
 def request(item: Item) -> dict[str, Any]:
     """An item as ``Worker.ask`` takes it."""
     check = item.check
@@ -145,7 +152,9 @@ def request(item: Item) -> dict[str, Any]:
 
 
 def answer(found: dict[str, Any]) -> dict[str, Any]:
-    """The body of what ``Worker.ask`` gave. Raises HarnessError, NotReached, Lost."""
+    """The body of what ``Worker.ask`` gave. Raises HarnessError, NotReached, Refused, Lost."""
+    if "refused" in found:
+        raise Refused(found["refused"])
     if "not_reached" in found:
         raise NotReached(**found["not_reached"])
     if "lost" in found:

@@ -25,7 +25,7 @@ from lowbit import console, model_server
 from lowbit import ray_cluster as cluster
 from lowbit.batch.engines import _vllm
 from lowbit.batch.engines._ray_place import Place
-from lowbit.batch.engines._ray_worker import Work
+from lowbit.batch.engines._ray_worker import Refused, Work
 from lowbit.batch.engines._shipping import Needed, Sending
 from lowbit.batch.engines.base import Engine, EngineOptions, NotReached, identity
 from lowbit.batch.engines.local import Local
@@ -132,6 +132,8 @@ class Ray(Engine):
             place = await self._free(tried)
             try:
                 return await place.ask(item)
+            except Refused:
+                raise
             except NotReached as error:  # its server is being started again
                 tried = error
             finally:
