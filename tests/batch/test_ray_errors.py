@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 import pytest
 from batch_server import free_port
 from jobs import command, lowbit, write
+
+from lowbit.batch.engines import EngineOptions, open_engine
+from lowbit.model_server import ModelOptions
 
 
 @pytest.fixture
@@ -49,3 +53,14 @@ def test_no_cluster_answers(source: Path) -> None:
 def test_what_does_not_go_together(words: list[str], said: str, source: Path) -> None:
     pytest.importorskip("ray")
     assert said in one_line(lowbit("run", source, *words, "--quiet"))
+
+
+def test_a_batch_may_go_on_on_one_machine_and_the_other_way_round() -> None:
+    pytest.importorskip("ray")
+    options = EngineOptions(model="smollm2-135m", server=ModelOptions(kv_type="q8_0"))
+    here, there = (asyncio.run(open_engine(options, name).deciding()) for name in ("local", "ray"))
+    assert here == there and here["kv"] == "q8_0"
+
+
+def test_it_is_no_engine_that_is_taken_by_itself() -> None:
+    assert open_engine(EngineOptions(model="smollm2-135m")).name == "local"

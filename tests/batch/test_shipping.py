@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from lowbit.batch.engines import EngineOptions
 from lowbit.batch.engines import _shipping as shipping
+from lowbit.batch.engines._ray_worker import Work, placed
 from lowbit.batch.engines._shipping import Needed, Receiving, Sending
 from lowbit.errors import BadFile, CannotWrite
 from lowbit.files import sha256
+from lowbit.model_server import ModelOptions
 
 SIZE = 2 * shipping.PIECE + 12345
 
@@ -96,3 +99,34 @@ def test_a_folder_is_put_together_from_links(needed: Needed) -> None:
         "a.json": True,
         "b.safetensors": True,
     }
+
+
+def test_a_checkpoint_of_which_a_node_lacks_a_file_is_a_folder_there_again(needed: Needed, tmp_path: Path) -> None:
+    """One file by its path and one from the cache, by the names that they have in the folder; a template beside it."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    weights = Path(needed.path).rename(folder / "model.safetensors")
+    template = tmp_path / "chat.jinja"
+    template.write_text("{{ messages }}")
+    sent = Needed.of(weights)
+    files = (Needed.of(folder / "config.json"), sent, Needed.of(template))
+    cached, _ = send(sent)
+    options = EngineOptions(model=str(folder), server=ModelOptions(template=template))
+    work = Work(options, files, str(folder), 100, vllm=True)
+    assert placed(work, {}) == options, "all of it is here by its path"
+    found = placed(work, {sent.path: cached.parent.name})
+    assert found.model is not None and found.model != str(folder) and found.server.template == template
+    assert {p.name: p.resolve() for p in Path(found.model).iterdir()} == {
+        "config.json": folder / "config.json", "model.safetensors": cached,
+    }  # fmt: skip
+
+
+def test_a_model_and_what_belongs_to_it_are_found_where_they_came_to(needed: Needed, tmp_path: Path) -> None:
+    drafter = tmp_path / "drafter.gguf"
+    drafter.write_bytes(b"small")
+    options = EngineOptions(model=needed.path, server=ModelOptions(drafter=drafter))
+    work = Work(options, (needed, Needed.of(drafter)), None, 100, vllm=False)
+    cached, _ = send(needed)
+    found = placed(work, {needed.path: cached.parent.name})
+    assert found.model == str(cached) and found.server.drafter == drafter

@@ -80,7 +80,7 @@ class Worker:
         """Starts the server. digests: by their paths, of the files that are in the cache. cores: that Ray gave it.
         What it has: {"slots", "pid"}. {"failed": in a line} where it does not come up."""
         try:
-            options = await asyncio.to_thread(_placed, work, digests)
+            options = await asyncio.to_thread(placed, work, digests)
             if options.server.threads is None:
                 options = replace(options, server=replace(options.server, threads=max(1, cores)))
             engine: Engine = Vllm(options) if work.vllm else Local(options)
@@ -166,7 +166,7 @@ def answer(found: dict[str, Any]) -> dict[str, Any]:
     return body
 
 
-def _placed(work: Work, digests: dict[str, str]) -> EngineOptions:
+def placed(work: Work, digests: dict[str, str]) -> EngineOptions:
     """The options with the paths that its files have on this machine."""
     at = {
         needed.path: shipping.place(needed, digests[needed.path]) if needed.path in digests else Path(needed.path)
