@@ -27,9 +27,9 @@ from lowbit.train.moments import EMBEDDING
 _ROWS = 1024  # of a matrix rounded together: enough for numpy, and a few MB of candidates
 # Wider, a block is a channel: too many columns to round them once for every scale that is tried.
 _WIDEST = 256
-# A weight starts where it was, but no further from its code than this part of a step: what compensation moved to
-# another code starts just inside that code's cell.
-_INSIDE = 0.49
+# A weight starts where it was, but no further from its code than this part of a step. At the edge of its cell, where
+# compensation leaves those it moved to another code, the first steps' noise would push half of them back (dev/LOG.md).
+_INSIDE = 0.25
 
 
 def rounded(
