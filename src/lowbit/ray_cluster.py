@@ -177,4 +177,5 @@ def _refused(address: str, error: Exception) -> BadOption:
             "The command runs on a machine of the cluster: `ray start --address=HEAD:PORT` makes this one a part of it"
         )
         return BadOption("this machine is no node of the cluster", where=where, found=said(error), hint=hint)
-    return BadOption("the Ray cluster cannot be joined", where=where, found=said(error))
+    hint = "Does it want a token? Then RAY_AUTH_MODE=token and that token are wanted here too"
+    return BadOption("the Ray cluster cannot be joined", where=where, found=said(error), hint=hint)
