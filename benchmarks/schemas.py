@@ -157,9 +157,9 @@ async def outcome(session: aiohttp.ClientSession, url: str, number: int, max_tok
     return result | {"outcome": "valid"}
 
 
-async def run(model: str, out: Path, schemas: int, minutes: float, slots: int) -> list[dict[str, Any]]:
+async def run(model: str, out: Path, first: int, schemas: int, minutes: float, slots: int) -> list[dict[str, Any]]:
     done = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    left = [n for n in range(schemas) if n not in {entry["number"] for entry in done}]
+    left = [n for n in range(first, schemas) if n not in {entry["number"] for entry in done}]
     deadline = time.monotonic() + 60 * minutes
     if not left:
         return done
@@ -186,10 +186,11 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--schemas", type=int, default=2000)
+    parser.add_argument("--first", type=int, default=0, metavar="N", help="begin there: two processes can share the work")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--slots", type=int, default=8)
     given = parser.parse_args()
-    found = asyncio.run(run(given.model, given.out, given.schemas, given.minutes, given.slots))
+    found = asyncio.run(run(given.model, given.out, given.first, given.schemas, given.minutes, given.slots))
     counts = Counter(entry["outcome"] for entry in found)
     print(
         f"{given.model}: {len(found)} schemas; " + ", ".join(f"{counts[k]} {k}" for k in ("valid", "error", "invalid"))
