@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--schemas", type=int, default=2000)
-    parser.add_argument("--first", type=int, default=0, metavar="N", help="begin there: two processes can share the work")
+    parser.add_argument("--first", type=int, default=0, metavar="N", help="begin there: two runs can share the work")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--slots", type=int, default=8)
     given = parser.parse_args()
