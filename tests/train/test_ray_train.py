@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from ray_nodes import Cluster
 
 import lowbit
 from lowbit.cli import main
-from lowbit.errors import BadOption, BadText
+from lowbit.errors import BadOption, BadText, RuntimeFailed
 from lowbit.train import TrainOptions
 from lowbit.train.ray_entry import train_on_ray
 
@@ -68,6 +70,33 @@ def test_two_workers_train_as_one_process_does(
         train_on_ray(
             model, tmp_path / "bad", processes=2, address=cluster.address, options=TrainOptions(**FEW, data=str(bad))
         )
+
+
+def test_a_worker_that_is_killed_ends_the_command_and_nothing_is_lost(
+    cluster: Cluster, tiny_llama: Callable[..., Path], prose: Path, tmp_path: Path
+) -> None:
+    """It is killed while it trains: one line, and what the run had done is there for the same command."""
+    model, out = tiny_llama(num_hidden_layers=1), tmp_path / "out"
+    options = TrainOptions(**FEW | {"steps": 100_000}, data=str(prose))
+    killed: list[int] = []
+
+    def kill() -> None:
+        ledger = tmp_path / "out.work" / "ledger.json"
+        while not (ledger.exists() and "prepare" in json.loads(ledger.read_text("utf-8"))["stages"]):
+            time.sleep(0.2)
+        time.sleep(2.0)  # into the steps
+        process = cluster.processes("RayTrainWorker")[1]
+        process.kill()
+        killed.append(process.pid)
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    with pytest.raises(RuntimeFailed, match="The same command goes on from here"):
+        train_on_ray(model, out, processes=2, address=cluster.address, options=options)
+    thread.join(10)
+    assert killed and not out.exists()
+    stages = json.loads((tmp_path / "out.work" / "ledger.json").read_text("utf-8"))["stages"]
+    assert {"data", "reference", "prepare"} <= stages.keys() and "distil" not in stages
 
 
 def test_a_cluster_that_is_not_there_or_too_small(
