@@ -318,7 +318,7 @@ def test_a_training_goes_on_when_its_reference_is_back(
 
 
 def peak_of(model: Path, out: Path, *words: str) -> int:
-    """Bytes resident at most in the process that trains. Not getrusage's, which counts the process it was forked from."""
+    """Bytes resident at most in the process that trains; getrusage would count the process it was forked from too."""
     code = (
         "import re, sys; from lowbit.cli import main; status = main(sys.argv[1:]); "
         "print(re.search('VmHWM:[^0-9]*([0-9]+) kB', open('/proc/self/status').read())[1]); sys.exit(status)"
