@@ -105,6 +105,25 @@ def test_value_and_gradients(kind: str) -> None:
     torch.testing.assert_close(head.grad.double(), 3 * for_head, rtol=1e-4, atol=1e-7)
 
 
+def test_capped_logits() -> None:
+    """Gemma 4's: value and gradients are those of autograd through cap tanh(logits / cap), of both models."""
+    case, cap = Case(sure=3.0), 2.0
+    hidden, head = case.hidden.clone().requires_grad_(), case.head.clone().requires_grad_()
+    loss = distillation_loss(hidden, head, HiddenTargets(case.teacher, case.teacher_head, cap), cap)
+    loss.backward()
+    h, w = (x.detach().double().requires_grad_() for x in (hidden, head))
+    of_teacher = case.teacher.double() @ case.teacher_head.double().T
+    log_p, log_q = (F.log_softmax(cap * torch.tanh(z / cap), -1) for z in (of_teacher, h @ w.T))
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0.0)
+    assert hidden.grad is not None and head.grad is not None and h.grad is not None and w.grad is not None
+    torch.testing.assert_close(hidden.grad.double(), h.grad, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(head.grad.double(), w.grad, rtol=1e-4, atol=1e-7)
+    tokens, kept = top_k_targets(case.teacher, case.teacher_head, K, cap)
+    torch.testing.assert_close(kept.double(), log_p.gather(-1, tokens.long()), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_finite_differences(kind: str) -> None:
     case = Case(seed=1)

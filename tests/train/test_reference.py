@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lowbit.train.forms import Compact, Form, Hidden, TopK
-from lowbit.train.loss import HiddenTargets, TopKTargets
+from lowbit.checkpoint import open_checkpoint
+from lowbit.train import TrainOptions, load
+from lowbit.train.forms import Compact, Form, Hidden, TopK, chosen
+from lowbit.train.loss import HiddenTargets, TopKTargets, softcap
 from lowbit.train.reference import OwnReference, ReferenceCache
 
 N, LENGTH, K = 20, 6, 5
@@ -154,3 +156,19 @@ def test_top_k_targets_are_what_the_model_says(model: Any, sequences: np.ndarray
     assert targets.tokens.dtype == torch.int64
     assert torch.equal(targets.tokens, top.indices)
     torch.testing.assert_close(targets.log_p.double(), top.values, rtol=1e-4, atol=1e-4)
+
+
+def test_the_cap_of_gemma_4s_logits_is_part_of_what_it_says(tiny_gemma4: Callable[..., Path]) -> None:
+    """Against transformers' own logits, of weights large enough to meet the cap."""
+    with open_checkpoint(tiny_gemma4("31B")) as checkpoint:
+        model = load(checkpoint)
+    head = model.get_output_embeddings().weight
+    head.data *= 40 / head.data.std()
+    tokens = np.arange(3, 19, dtype=np.int32)[None]
+    form = chosen(TrainOptions(targets=f"topk:{K}"), head.shape[1], head.shape[0], softcap(model))
+    said = OwnReference(model, torch.float32, form)(tokens, 0)["logp"]
+    with torch.no_grad():
+        own = model(torch.from_numpy(tokens).long()).logits.float()
+        raw = model.model(torch.from_numpy(tokens).long()).last_hidden_state @ head.T
+    assert raw.abs().max() > 2 * own.abs().max()
+    torch.testing.assert_close(said, F.log_softmax(own, -1).topk(K).values, rtol=1e-4, atol=1e-4)

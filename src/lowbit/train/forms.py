@@ -16,7 +16,7 @@ import torch
 
 from lowbit import compact
 from lowbit.threads import in_shares
-from lowbit.train.loss import CompactTargets, HiddenTargets, TopKTargets, top_k_targets
+from lowbit.train.loss import CompactTargets, HiddenTargets, TopKTargets, capped, top_k_targets
 from lowbit.train.options import TrainOptions
 
 Targets = HiddenTargets | TopKTargets | CompactTargets
@@ -24,6 +24,9 @@ _POSITIONS = 64  # whose logits are held at once
 
 
 class Form(ABC):
+    """cap: of the reference's logits (final_logit_softcapping), or None."""
+
+    cap: float | None = None
     needs_head = False  # whether ``targets`` needs the reference's head
 
     @abstractmethod
@@ -47,8 +50,8 @@ class Hidden(Form):
 
     needs_head = True
 
-    def __init__(self, width: int) -> None:
-        self.width = width
+    def __init__(self, width: int, cap: float | None = None) -> None:
+        self.width, self.cap = width, cap
 
     def arrays(self, n: int, length: int) -> dict[str, tuple[tuple[int, ...], Any]]:
         return {"hidden": ((n, length, self.width), np.float16)}
@@ -58,20 +61,20 @@ class Hidden(Form):
 
     def targets(self, kept: dict[str, np.ndarray], head: torch.Tensor | None, device: torch.device) -> Targets:
         assert head is not None
-        return HiddenTargets(torch.from_numpy(kept["hidden"]).to(device).flatten(0, 1), head)
+        return HiddenTargets(torch.from_numpy(kept["hidden"]).to(device).flatten(0, 1), head, self.cap)
 
 
 class TopK(Form):
     """tokens: (n, length, k) int32, and logp: (n, length, k) float32."""
 
-    def __init__(self, k: int) -> None:
-        self.k = k
+    def __init__(self, k: int, cap: float | None = None) -> None:
+        self.k, self.cap = k, cap
 
     def arrays(self, n: int, length: int) -> dict[str, tuple[tuple[int, ...], Any]]:
         return {"tokens": ((n, length, self.k), np.int32), "logp": ((n, length, self.k), np.float32)}
 
     def said(self, hidden: torch.Tensor, head: torch.Tensor, tokens: np.ndarray, first: int) -> dict[str, torch.Tensor]:
-        top, log_p = top_k_targets(hidden.flatten(0, 1), head, self.k)
+        top, log_p = top_k_targets(hidden.flatten(0, 1), head, self.k, self.cap)
         shape = (*tokens.shape, self.k)
         return {"tokens": top.reshape(shape).cpu(), "logp": log_p.reshape(shape).cpu()}
 
@@ -83,8 +86,8 @@ class TopK(Form):
 class Compact(Form):
     """records: (n, length, bytes of a record) uint8. What is drawn of a sequence depends on ``seed`` and its place."""
 
-    def __init__(self, n_vocab: int, seed: int) -> None:
-        self.layout, self.seed = compact.Layout.of(n_vocab), seed
+    def __init__(self, n_vocab: int, seed: int, cap: float | None = None) -> None:
+        self.layout, self.seed, self.cap = compact.Layout.of(n_vocab), seed, cap
 
     def arrays(self, n: int, length: int) -> dict[str, tuple[tuple[int, ...], Any]]:
         return {"records": ((n, length, self.layout.dtype.itemsize), np.uint8)}
@@ -97,7 +100,8 @@ class Compact(Form):
         records = np.zeros(n * length, self.layout.dtype)
         for start in range(0, len(records), _POSITIONS):
             states = hidden.flatten(0, 1)[start : start + _POSITIONS].to(head.dtype)
-            self._keep((states @ head.T).float().cpu().numpy(), following.reshape(-1), uniform, records, start)
+            logits = capped((states @ head.T).float(), self.cap)
+            self._keep(logits.cpu().numpy(), following.reshape(-1), uniform, records, start)
         kept = records.view(np.uint8).reshape(n, length, self.layout.dtype.itemsize)
         return {"records": torch.from_numpy(kept)}
 
@@ -121,8 +125,8 @@ class Compact(Form):
         return CompactTargets(*(torch.from_numpy(part).to(device) for part in parts))
 
 
-def chosen(options: TrainOptions, width: int, n_vocab: int) -> Form:
+def chosen(options: TrainOptions, width: int, n_vocab: int, cap: float | None = None) -> Form:
     """The form that ``options.targets`` names."""
     if options.targets == "compact":
-        return Compact(n_vocab, options.seed)
-    return Hidden(width) if options.top_k is None else TopK(options.top_k)
+        return Compact(n_vocab, options.seed, cap)
+    return Hidden(width, cap) if options.top_k is None else TopK(options.top_k, cap)

@@ -23,7 +23,7 @@ from lowbit.files import write_json
 from lowbit.train import sharded_checkpoint, static_ranges
 from lowbit.train.fake_quant import FakeQuantizer, chosen
 from lowbit.train.kv_quant import KvQuantizer, simulated
-from lowbit.train.loss import distillation_loss
+from lowbit.train.loss import distillation_loss, softcap
 from lowbit.train.model import quiet_transformers
 from lowbit.train.options import TrainOptions
 from lowbit.train.precision import autocast
@@ -186,7 +186,7 @@ class DistillationTrainer(Trainer):
         with autocast(tokens.device, self.dtype), simulated(self.model, self.kv):
             hidden = model.model(tokens, use_cache=False).last_hidden_state
         targets = self.cache.targets(rows, self.reference_head, tokens.device)
-        return distillation_loss(hidden.flatten(0, 1).float(), self._student_head(model), targets)
+        return distillation_loss(hidden.flatten(0, 1).float(), self._student_head(model), targets, softcap(model))
 
     @torch.no_grad()
     def unseen_kld(self) -> float | None:

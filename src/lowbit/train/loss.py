@@ -19,7 +19,7 @@ class _Distillation(torch.autograd.Function):
     """mean over positions of KL(reference || student), differentiable by the student's hidden states and head."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, reference: Any) -> torch.Tensor:
+    def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, reference: Any, cap: float | None) -> torch.Tensor:
         n = len(hidden)
         for_hidden = torch.empty_like(hidden)
         for_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
@@ -28,8 +28,11 @@ class _Distillation(torch.autograd.Function):
         for start in range(0, n, _POSITIONS):
             part = slice(start, start + _POSITIONS)
             h = hidden[part].to(product)
-            log_q = F.log_softmax((h @ head.T).float(), dim=-1)  # (positions, vocabulary)
+            logits = capped((h @ head.T).float(), cap)  # (positions, vocabulary)
+            log_q = F.log_softmax(logits, dim=-1)
             divergence, slope = reference.compare(part, log_q)  # slope: d divergence / d logits
+            if cap is not None:
+                slope *= 1 - (logits / cap).square()
             total += divergence.sum(dtype=torch.float64)
             slope = slope.to(product)
             for_hidden[part] = (slope @ head).to(hidden.dtype)
@@ -40,29 +43,44 @@ class _Distillation(torch.autograd.Function):
         return (total / n).float()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         for_hidden, for_head = ctx.saved_tensors
-        return for_hidden * gradients[0], None if for_head is None else for_head * gradients[0], None
+        return for_hidden * gradients[0], None if for_head is None else for_head * gradients[0], None, None
 
 
-def distillation_loss(hidden: torch.Tensor, head: torch.Tensor, reference: Any) -> torch.Tensor:
+def softcap(model: Any) -> float | None:
+    """The cap of a model's logits (final_logit_softcapping), or None."""
+    cap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return cap
+
+
+def capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """The logits as a model with such a cap has them, Gemma 4 for one: cap tanh(logits / cap)."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def distillation_loss(
+    hidden: torch.Tensor, head: torch.Tensor, reference: Any, cap: float | None = None
+) -> torch.Tensor:
     """Mean KL(reference || student) in nats.
 
     hidden: (n, width) float32, the student's final hidden states (after its last norm). head: (vocabulary, width), the
     student's output head; its dtype is that of the products. reference: HiddenTargets, TopKTargets or CompactTargets,
-    at the same n positions.
+    at the same n positions. cap: of the student's logits.
     """
-    return _Distillation.apply(hidden, head, reference)  # type: ignore[no-any-return, no-untyped-call]
+    return _Distillation.apply(hidden, head, reference, cap)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class HiddenTargets:
-    """The reference's final hidden states (n, width) and its head (vocabulary, width): exact probabilities."""
+    """The reference's final hidden states (n, width), its head (vocabulary, width) and the cap of its logits: exact
+    probabilities."""
 
-    def __init__(self, hidden: torch.Tensor, head: torch.Tensor) -> None:
-        self.hidden, self.head = hidden, head
+    def __init__(self, hidden: torch.Tensor, head: torch.Tensor, cap: float | None = None) -> None:
+        self.hidden, self.head, self.cap = hidden, head, cap
 
     def compare(self, part: slice, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        log_p = F.log_softmax((self.hidden[part].to(self.head.dtype) @ self.head.T).float(), dim=-1)
+        logits = (self.hidden[part].to(self.head.dtype) @ self.head.T).float()
+        log_p = F.log_softmax(capped(logits, self.cap), dim=-1)
         p = log_p.exp()
         divergence = log_p.sub_(log_q).mul_(p).sum(-1)
         return divergence, log_q.exp().sub_(p)
@@ -135,11 +153,14 @@ class CompactTargets:
         return divergence, slope
 
 
-def top_k_targets(hidden: torch.Tensor, head: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def top_k_targets(
+    hidden: torch.Tensor, head: torch.Tensor, k: int, cap: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(n, width) hidden states -> (n, k) tokens int32 and (n, k) log probabilities float32 of the k likeliest."""
     tokens, log_ps = [], []
     for start in range(0, len(hidden), _POSITIONS):
-        log_p = F.log_softmax((hidden[start : start + _POSITIONS].to(head.dtype) @ head.T).float(), dim=-1)
+        logits = (hidden[start : start + _POSITIONS].to(head.dtype) @ head.T).float()
+        log_p = F.log_softmax(capped(logits, cap), dim=-1)
         top = log_p.topk(k, dim=-1)
         tokens.append(top.indices.to(torch.int32))
         log_ps.append(top.values)

@@ -19,6 +19,7 @@ from torch import nn
 
 from lowbit.checkpoint import Checkpoint
 from lowbit.train import experts, precision
+from lowbit.train.loss import softcap
 
 EMBEDDING = "model.embed_tokens.weight"
 _POSITIONS = 128  # whose logits are held at once
@@ -137,7 +138,7 @@ class Pass:
     def _slope(self, hidden: torch.Tensor) -> torch.Tensor:
         """The gradient at the final hidden states (tokens, width) of labels that are drawn; the head's own moments."""
         head, name = self.model.get_output_embeddings().weight, head_name(self.checkpoint)
-        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        cap = softcap(self.model)
         slope = torch.empty_like(hidden)
         for start in range(0, len(hidden), _POSITIONS):
             part = slice(start, start + _POSITIONS)

@@ -30,6 +30,7 @@ from lowbit.train.fake_quant import assignment, prepare
 from lowbit.train.kv_quant import quantizer_of
 from lowbit.train.ledger import Ledger
 from lowbit.train.loop import DistillationTrainer, Schedule, distil, latest_checkpoint
+from lowbit.train.loss import softcap
 from lowbit.train.model import load, load_tokenizer, save
 from lowbit.train.moments import EMBEDDING
 from lowbit.train.options import TrainOptions
@@ -338,7 +339,7 @@ class Run:
 
     def _form(self) -> forms.Form:
         vocabulary, width = self.checkpoint.specs[EMBEDDING].shape
-        return forms.chosen(self.options, width, vocabulary)
+        return forms.chosen(self.options, width, vocabulary, softcap(self.model))
 
     def _ask(self) -> Ask:
         """Who says what the reference says."""

@@ -16,6 +16,7 @@ from lowbit.checkpoint import Checkpoint
 from lowbit.errors import BadOption
 from lowbit.train import data, precision, reference_file, reference_server
 from lowbit.train.forms import Compact
+from lowbit.train.loss import softcap
 from lowbit.train.model import load, load_tokenizer
 from lowbit.train.moments import EMBEDDING
 from lowbit.train.options import PRECISIONS
@@ -78,7 +79,7 @@ def write(checkpoint: Checkpoint, path: Path, options: ReferenceOptions) -> None
             hint = "Remove it, or choose another -o"
             raise BadOption("a reference of something else is there", where=path, found=there.header.model, hint=hint)
         return
-    ask = OwnReference(model, dtype, Compact(header.n_vocab, options.seed))
+    ask = OwnReference(model, dtype, Compact(header.n_vocab, options.seed, softcap(model)))
     with console.progress("Asking the reference", len(sequences), "sequences") as bar:
         reference_file.make(path, header, sequences, ask, bar.update)
 

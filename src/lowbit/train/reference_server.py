@@ -27,6 +27,7 @@ import torch
 from lowbit import compact
 from lowbit.errors import BadFile, BadOption, CannotWrite, RuntimeFailed
 from lowbit.train.forms import Compact
+from lowbit.train.loss import softcap
 from lowbit.train.precision import autocast
 
 FORMAT = "lowbit-reference/1"
@@ -46,7 +47,7 @@ class Asked:
 
     def records(self, tokens: np.ndarray, first: int, seed: int) -> bytes:
         device = self.head.device
-        form = Compact(self.about["n_vocab"], seed)
+        form = Compact(self.about["n_vocab"], seed, softcap(self.model))
         with self._one, torch.no_grad(), autocast(device, self.dtype):
             rows = torch.from_numpy(tokens.astype(np.int64)).to(device)
             hidden = self.model.model(rows, use_cache=False).last_hidden_state.float()

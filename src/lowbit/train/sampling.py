@@ -18,6 +18,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lowbit.train.loss import capped, softcap
+
 _ATTENTION = "lowbit_sampling"
 
 
@@ -35,12 +37,12 @@ def write(
     cache = Cache(layers=[_RoomyLayer(length) for _ in range(model.config.num_hidden_layers)])
     tokens = last = prompt
     head = model.get_output_embeddings()
-    cap = getattr(model.config, "final_logit_softcapping", None)
+    cap = softcap(model)
     with _attention_of(model):
         while tokens.shape[1] < length:
             hidden = model.model(last, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
             logits = head(hidden).float()
-            last = _draw(logits if cap is None else cap * torch.tanh(logits / cap))
+            last = _draw(capped(logits, cap))
             tokens = torch.cat([tokens, last], dim=1)
             if agree(time.monotonic() - begin > seconds):
                 break
