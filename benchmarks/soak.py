@@ -36,7 +36,7 @@ async def upstream(request: web.Request) -> web.StreamResponse:
     if kind == "schema":
         message["content"] = '```json\n{"a": 1}\n```'
     if kind == "tool":
-        call = {"id": "c", "type": "function", "function": {"name": "Look", "arguments": "{'x': 1"}}
+        call = {"id": "c", "type": "function", "function": {"name": "Look", "arguments": "{'x': 1}"}}
         message = {"role": "assistant", "content": None, "reasoning_content": "hm", "tool_calls": [call]}
     base = {"id": "c", "object": "chat.completion", "created": 1, "model": "m"}
     if not body.get("stream"):
@@ -45,8 +45,8 @@ async def upstream(request: web.Request) -> web.StreamResponse:
             base | {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}], "usage": usage}
         )
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-    await response.prepare(request)
     with contextlib.suppress(ConnectionError):
+        await response.prepare(request)
         for word in message["content"].split():
             chunk = base | {"choices": [{"index": 0, "delta": {"content": word + " "}, "finish_reason": None}]}
             await response.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
