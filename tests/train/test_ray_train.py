@@ -54,8 +54,7 @@ def test_two_workers_train_as_one_process_does(
     flags = [word for name, value in FEW.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     words = ["train", model.name, "-o", "two", "--data", prose.name, *flags, "--launcher", "ray", "--processes", "2"]
     assert main([*words, "--ray-address", cluster.address]) == 0
-    said = capfd.readouterr()
-    assert said.out == "two\n" and "Distilling" in said.err  # a worker's progress is shown here
+    assert capfd.readouterr().out == "two\n"  # what its workers say comes by way of Ray, and may be late
     alone = lowbit.train(model, tmp_path / "alone", options=TrainOptions(**FEW, data=str(prose)))
     ledger = json.loads((tmp_path / "two.work" / "ledger.json").read_text("utf-8"))
     ours, theirs = (record["curve"] for record in (ledger["facts"]["record"], alone.record))
