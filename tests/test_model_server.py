@@ -15,7 +15,7 @@ import lowbit
 from lowbit import memory, plan
 from lowbit.errors import BadFile, NotFound
 from lowbit.harness import of_model
-from lowbit.model_server import ModelOptions, ModelServer, artifact, prompt_cache, settled
+from lowbit.model_server import ModelOptions, ModelServer, artifact, settled
 from lowbit.release import lock as locks
 from lowbit.release.lock import Lock, Locked
 from lowbit.release.walk import hash_member
@@ -121,7 +121,8 @@ def test_cached_prompts_leave_room_for_the_model(release: Path, monkeypatch: pyt
     path = release / "text.gguf"
     options = ModelOptions(context=256, slots=2, kv_unified=True)
     planned = plan.plan(path, plan.PlanOptions(context=256, slots=2, kv_unified=True)).total_bytes
-    found = prompt_cache(path, options)
+    found = settled(path, options).cache_ram
+    assert found is not None
     assert found == min(8192, max(0, (free - 2**30 - planned) // 2**21))
     assert planned + found * 2**20 + 2**30 <= max(free, planned + 2**30)
-    assert prompt_cache(path, replace(options, cache_ram=17)) == 17
+    assert settled(path, replace(options, cache_ram=17)).cache_ram == 17

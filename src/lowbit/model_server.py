@@ -83,7 +83,8 @@ def artifact(model: str | Path) -> Path:
 
 
 def settled(path: Path, options: ModelOptions) -> ModelOptions:
-    """The options with what the lock beside the artifact names, and a context that fits.
+    """The options with what the lock beside the artifact names, a context that fits, and what is then left for cached
+    prompts.
 
     Raises BadFile (a lock that is stale), NotFound, BadOption (not even a small context fits).
     """
@@ -91,7 +92,11 @@ def settled(path: Path, options: ModelOptions) -> ModelOptions:
     slots = options.slots or _SLOTS
     unified = options.kv_unified if options.kv_unified is not None else options.slots is None or options.slots > 1
     options = replace(options, slots=slots, kv_unified=unified)
-    return options if options.context is not None else replace(options, context=fitting(path, options))
+    free = memory.available_bytes()
+    with plan.open_model(path) as model:
+        if options.context is None:
+            options = replace(options, context=fitting(model, options, free))
+        return replace(options, cache_ram=prompt_cache(model, options, free))
 
 
 def companions(path: Path, options: ModelOptions) -> ModelOptions:
@@ -119,8 +124,7 @@ def apart(path: Path, options: ModelOptions, tokens: int) -> ModelOptions | None
         tokens = min(tokens, model.trained_context)
         while slots > 1:
             found = replace(options, slots=slots, kv_unified=False, context=slots * tokens)
-            asked = replace(_plan_options(found), context=slots * tokens)
-            if free is None or plan.plan_open(model, asked).total_bytes <= free - _MARGIN:
+            if free is None or plan.plan_open(model, _plan_options(found)).total_bytes <= free - _MARGIN:
                 return found
             slots //= 2
     return None
@@ -129,43 +133,37 @@ def apart(path: Path, options: ModelOptions, tokens: int) -> ModelOptions | None
 def _plan_options(options: ModelOptions) -> plan.PlanOptions:
     types = _kv_types.parse(options.kv_type)
     return plan.PlanOptions(
-        slots=options.slots, kv_unified=options.kv_unified, swa_full=options.swa_full, kv_type_k=types.k,
-        kv_type_v=types.v, drafter=options.drafter, mmproj=options.mmproj,
+        context=options.context or 0, slots=options.slots, kv_unified=options.kv_unified, swa_full=options.swa_full,
+        kv_type_k=types.k, kv_type_v=types.v, drafter=options.drafter, mmproj=options.mmproj,
     )  # fmt: skip
 
 
-def fitting(path: Path, options: ModelOptions) -> int:
+def fitting(model: plan.PlanModel, options: ModelOptions, free: int | None) -> int:
     """The longest context, of the trained one and its halves, with which the plan leaves a GiB of memory free."""
-    free = memory.available_bytes()
-    with plan.open_model(path) as model:
-        asked = _plan_options(options)
-        first = plan.plan_open(model, asked)
-        context, total = int(first.settings["context"]), first.total_bytes
-        while free is not None and total > free - _MARGIN:
-            context //= 2
-            if context < 256:
-                raise BadOption(
-                    "the model does not fit the memory", where=path, found=f"{format_bytes(free)} free",
-                    expected=f"{format_bytes(total + _MARGIN)} with a context of {context * 2}",
-                    hint="lowbit plan says what would fit",
-                )  # fmt: skip
-            total = plan.plan_open(model, replace(asked, context=context)).total_bytes
+    asked = _plan_options(options)
+    first = plan.plan_open(model, asked)
+    context, total = int(first.settings["context"]), first.total_bytes
+    while free is not None and total > free - _MARGIN:
+        context //= 2
+        if context < 256:
+            raise BadOption(
+                "the model does not fit the memory", where=model.path, found=f"{format_bytes(free)} free",
+                expected=f"{format_bytes(total + _MARGIN)} with a context of {context * 2}",
+                hint="lowbit plan says what would fit",
+            )  # fmt: skip
+        total = plan.plan_open(model, replace(asked, context=context)).total_bytes
     return context
 
 
-def prompt_cache(path: Path, options: ModelOptions) -> int:
+def prompt_cache(model: plan.PlanModel, options: ModelOptions, free: int | None) -> int:
     """MiB for llama-server's cache of prompts that lost their slot: half of what is free beside the model as planned
     and the margin. Its own 8 GiB come on top of everything else, as the prompts come, and take a small machine down.
     """
     if options.cache_ram is not None:
         return options.cache_ram
-    free = memory.available_bytes()
     if free is None:
         return _CACHE_RAM
-    assert options.context is not None
-    with plan.open_model(path) as model:
-        asked = replace(_plan_options(options), context=options.context)
-        spare = free - _MARGIN - plan.plan_open(model, asked).total_bytes
+    spare = free - _MARGIN - plan.plan_open(model, _plan_options(options)).total_bytes
     return min(_CACHE_RAM, max(0, spare // 2) >> 20)
 
 
@@ -219,12 +217,11 @@ class ModelServer:
         o = self._options
         assert o.context is not None and o.slots is not None
         self._started.append(time.monotonic())
-        cache_ram = await asyncio.to_thread(prompt_cache, self._path, o)
         self._server = await asyncio.to_thread(
             LlamaServer, self._path, context=o.context, slots=o.slots, kv_unified=bool(o.kv_unified),
             kv_type=o.kv_type, swa_full=o.swa_full, threads=o.threads, drafter=o.drafter, mmproj=o.mmproj,
             template=o.template, llama_server=o.llama_server, alias=self._path.stem, api_key=self.key, ui=self._page,
-            idle_cache=o.idle_cache, slot_folder=o.slot_folder, cache_ram=cache_ram,
+            idle_cache=o.idle_cache, slot_folder=o.slot_folder, cache_ram=o.cache_ram,
         )  # fmt: skip
         self._on_start(self._server.url)
 
