@@ -13,9 +13,11 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import numpy as np
 
 from lowbit import files
 from lowbit.errors import BadFile, CannotWrite, NotFound
@@ -61,14 +63,47 @@ def read_header(handle: BinaryIO, path: Path, magic: bytes, form: str, what: str
     return values
 
 
-def check_range(values: dict[str, Any], name: str, least: int, limit: int, path: Path) -> None:
+def check_header(
+    values: dict[str, Any],
+    path: Path,
+    *,
+    numbers: Mapping[str, tuple[int, int]],
+    token: str,
+    kinds: Mapping[str, type],
+) -> None:
+    """Raises BadFile where a header is not of these values and no others.
+
+    numbers: of each the least, and what it is below; "n_vocab" is one. token: the name of an id of the vocabulary, or
+    None there. kinds: of all others.
+    """
+    for name, (least, limit) in numbers.items():
+        _check_range(values, name, least, limit, path)
+    if values.get(token) is not None:
+        _check_range(values, token, 0, values["n_vocab"], path)
+    for name, kind in kinds.items():
+        if not isinstance(values.get(name), kind):
+            raise _impossible(path, name, values.get(name))
+    if set(values) != {*numbers, token, *kinds}:
+        raise BadFile("its header has other keys", where=path, found=", ".join(map(str, values))[:200], hint=HINT)
+
+
+def read_tokens(handle: BinaryIO, path: Path, shape: tuple[int, int], n_vocab: int) -> np.ndarray:
+    """The token ids that come next, int32 of that shape. Raises BadFile."""
+    tokens = np.frombuffer(handle.read(4 * shape[0] * shape[1]), "<i4").reshape(shape)
+    if tokens.min() < 0 or tokens.max() >= n_vocab:
+        found = f"{tokens.min()} to {tokens.max()}"
+        raise BadFile("impossible token ids", where=path, found=found, hint=HINT)
+    return tokens
+
+
+def _check_range(values: dict[str, Any], name: str, least: int, limit: int, path: Path) -> None:
     """Raises BadFile where a number of the header is none from ``least`` to below ``limit``."""
     value = values.get(name)
     if type(value) is not int or not least <= value < limit:
-        raise impossible(path, name, value)
+        raise _impossible(path, name, value)
 
 
-def impossible(path: Path, name: str, value: Any) -> BadFile:
+def _impossible(path: Path, name: str, value: Any) -> BadFile:
     return BadFile(f"its header has an impossible {name}", where=path, found=repr(value)[:60], hint=HINT)
 
 

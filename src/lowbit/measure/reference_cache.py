@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -52,9 +52,7 @@ class Header:
 
     def start(self) -> bytes:
         """The file's bytes up to the header's end."""
-        return record_file.start(
-            MAGIC, {"format": FORMAT, **{name: getattr(self, name) for name in self.__dataclass_fields__}}
-        )
+        return record_file.start(MAGIC, {"format": FORMAT, **asdict(self)})
 
     @property
     def first(self) -> int:
@@ -70,16 +68,9 @@ class Header:
     def read(cls, handle: BinaryIO, path: Path) -> Header:
         """Raises BadFile."""
         values = record_file.read_header(handle, path, MAGIC, FORMAT, _WHAT)
-        ranges = {"n_vocab": (2, 1 << 26), "chunk": (4, 1 << 24), "chunks": (1, 1 << 31), "seed": (0, 1 << 63)}
-        for name, (least, limit) in ranges.items():
-            record_file.check_range(values, name, least, limit, path)
-        if values.get("bos") is not None:
-            record_file.check_range(values, "bos", 0, values["n_vocab"], path)
-        for name in ("reference", "settings", "text"):
-            if not isinstance(values.get(name), dict):
-                raise record_file.impossible(path, name, values.get(name))
-        if set(values) != set(cls.__dataclass_fields__):
-            raise BadFile("its header has other keys", where=path, found=", ".join(map(str, values))[:200], hint=HINT)
+        numbers = {"n_vocab": (2, 1 << 26), "chunk": (4, 1 << 24), "chunks": (1, 1 << 31), "seed": (0, 1 << 63)}
+        kinds = dict.fromkeys(("reference", "settings", "text"), dict)
+        record_file.check_header(values, path, numbers=numbers, token="bos", kinds=kinds)
         return cls(**values)
 
 
@@ -99,11 +90,8 @@ class ReferenceCache:
             self._begin = self._handle.tell() + 4 * self.header.chunk * self.header.chunks
             end = self._begin + self._rows_bytes()
             record_file.check_size(self._handle, self.path, end)
-            self.tokens = np.frombuffer(self._handle.read(self._begin - self._handle.tell()), "<i4").reshape(
-                self.header.chunks, self.header.chunk
-            )
-            if self.tokens.min() < 0 or self.tokens.max() >= self.header.n_vocab:
-                raise self._bad("impossible token ids", f"{self.tokens.min()} to {self.tokens.max()}")
+            shape = self.header.chunks, self.header.chunk
+            self.tokens = record_file.read_tokens(self._handle, self.path, shape, self.header.n_vocab)
             record_file.check_digest(self._handle, self.path, end)
         except BaseException:
             self.close()

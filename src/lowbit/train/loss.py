@@ -31,8 +31,7 @@ class _Distillation(torch.autograd.Function):
             logits = capped((h @ head.T).float(), cap)  # (positions, vocabulary)
             log_q = F.log_softmax(logits, dim=-1)
             divergence, slope = reference.compare(part, log_q)  # slope: d divergence / d logits
-            if cap is not None:
-                slope *= 1 - (logits / cap).square()
+            slope = of_uncapped(slope, logits, cap)
             total += divergence.sum(dtype=torch.float64)
             slope = slope.to(product)
             for_hidden[part] = (slope @ head).to(hidden.dtype)
@@ -57,6 +56,11 @@ def softcap(model: Any) -> float | None:
 def capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
     """The logits as a model with such a cap has them, Gemma 4 for one: cap tanh(logits / cap)."""
     return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def of_uncapped(slope: torch.Tensor, logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """The slope by the logits before the cap, made of that by the capped ``logits``, which it takes the place of."""
+    return slope if cap is None else slope.mul_(1 - (logits / cap).square())
 
 
 def distillation_loss(

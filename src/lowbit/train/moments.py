@@ -19,7 +19,7 @@ from torch import nn
 
 from lowbit.checkpoint import Checkpoint
 from lowbit.train import experts, precision
-from lowbit.train.loss import softcap
+from lowbit.train.loss import capped, of_uncapped, softcap
 
 EMBEDDING = "model.embed_tokens.weight"
 _POSITIONS = 128  # whose logits are held at once
@@ -142,18 +142,15 @@ class Pass:
         slope = torch.empty_like(hidden)
         for start in range(0, len(hidden), _POSITIONS):
             part = slice(start, start + _POSITIONS)
-            logits = (hidden[part] @ head.T).float()
-            capped = logits if cap is None else cap * torch.tanh(logits / cap)
-            p = torch.softmax(capped, -1)
+            logits = capped((hidden[part] @ head.T).float(), cap)
+            p = torch.softmax(logits, -1)
             # By the inverse of their sum: torch.multinomial takes twenty times as long.
             summed = p.cumsum(-1)
             at = torch.rand(len(p), 1, generator=self.generator, device=p.device) * summed[:, -1:]
             drawn = torch.searchsorted(summed, at, right=True).clamp_(max=p.shape[-1] - 1)
             self.sums[f"{name}.outputs"] += (p * (1 - p)).sum(0).cpu()
             p.scatter_add_(1, drawn, torch.full_like(p[:, :1], -1.0))
-            if cap is not None:
-                p *= 1 - (capped / cap).square()
-            slope[part] = (p @ head).float()
+            slope[part] = (of_uncapped(p, logits, cap) @ head).float()
         self.sums[f"{name}.inputs"].addmm_(hidden.T.cpu(), hidden.cpu())
         return slope
 

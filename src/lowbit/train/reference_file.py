@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -60,18 +60,9 @@ class Header:
     def read(cls, handle: BinaryIO, path: Path) -> Header:
         """Raises BadFile."""
         values = record_file.read_header(handle, path, MAGIC, FORMAT, _WHAT)
-        names = [field.name for field in fields(cls)]
-        if set(values) != set(names):
-            raise BadFile("its header has other keys", where=path, found=", ".join(map(str, values))[:200], hint=HINT)
-        ranges = {"n_vocab": (2, 1 << 26), "length": (2, 1 << 24), "sequences": (1, 1 << 31), "seed": (0, 1 << 32)}
-        for name, (least, limit) in ranges.items():
-            record_file.check_range(values, name, least, limit, path)
-        if values["start_token"] is not None:
-            record_file.check_range(values, "start_token", 0, values["n_vocab"], path)
+        numbers = {"n_vocab": (2, 1 << 26), "length": (2, 1 << 24), "sequences": (1, 1 << 31), "seed": (0, 1 << 32)}
         kinds = {"model": dict, "data": dict, "facts": dict, "precision": str}
-        for name, kind in kinds.items():
-            if not isinstance(values[name], kind):
-                raise record_file.impossible(path, name, values[name])
+        record_file.check_header(values, path, numbers=numbers, token="start_token", kinds=kinds)
         return cls(**values)
 
 
@@ -91,10 +82,7 @@ class ReferenceFile:
             begin = handle.tell() + 4 * n * length
             end = begin + n * length * size
             record_file.check_size(handle, self.path, end)
-            self.sequences = np.frombuffer(handle.read(begin - handle.tell()), "<i4").reshape(n, length)
-            if self.sequences.min() < 0 or self.sequences.max() >= header.n_vocab:
-                found = f"{self.sequences.min()} to {self.sequences.max()}"
-                raise BadFile("impossible token ids", where=self.path, found=found, hint=HINT)
+            self.sequences = record_file.read_tokens(handle, self.path, (n, length), header.n_vocab)
             if check:
                 record_file.check_digest(handle, self.path, end)
             handle.seek(end)

@@ -28,7 +28,7 @@ from lowbit import compact
 from lowbit.errors import BadFile, BadOption, CannotWrite, RuntimeFailed
 from lowbit.train.forms import Compact
 from lowbit.train.loss import softcap
-from lowbit.train.precision import autocast
+from lowbit.train.reference import OwnReference
 
 FORMAT = "lowbit-reference/1"
 CONTENT = "application/x-lowbit-tokens"
@@ -46,12 +46,10 @@ class Asked:
         self._one = threading.Lock()  # a batch at a time: each takes all cores
 
     def records(self, tokens: np.ndarray, first: int, seed: int) -> bytes:
-        device = self.head.device
         form = Compact(self.about["n_vocab"], seed, softcap(self.model))
-        with self._one, torch.no_grad(), autocast(device, self.dtype):
-            rows = torch.from_numpy(tokens.astype(np.int64)).to(device)
-            hidden = self.model.model(rows, use_cache=False).last_hidden_state.float()
-            return form.said(hidden, self.head, tokens, first)["records"].numpy().tobytes()
+        own = OwnReference(self.model, self.dtype, form, self.head)
+        with self._one:
+            return own(tokens, first)["records"].numpy().tobytes()
 
 
 def listen(asked: Asked, port: int, ready: Callable[[str], None]) -> None:
