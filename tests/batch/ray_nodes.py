@@ -78,7 +78,14 @@ class Cluster:
         if hidden is not None:
             script = 'mount -t tmpfs none "$0" && exec "$@"'
             command = ["unshare", "--mount", "sh", "-c", script, str(hidden), *command]
-        given = {**os.environ, **_HASTE, "RAY_USAGE_STATS_ENABLED": "0", _MARK: self._mark, **(environment or {})}
+        given = {
+            **os.environ,
+            **_HASTE,
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_AUTH_MODE": "disabled",
+            _MARK: self._mark,
+            **(environment or {}),
+        }
         given.pop("RAY_ADDRESS", None)
         with open(self.folder / f"{address}.log", "wb") as log:
             self._nodes[address] = subprocess.Popen(
