@@ -59,6 +59,9 @@ class ModelOptions:
     slot_folder: Path | None = None
 
 
+COMPANIONS = ("drafter", "mmproj", "template")  # files that belong to an artifact, of ModelOptions
+
+
 def artifact(model: str | Path) -> Path:
     """The GGUF to serve: a file, the product of a run folder, what a lock names, a packaged model.
 
@@ -105,11 +108,15 @@ def companions(path: Path, options: ModelOptions) -> ModelOptions:
     lock = path.parent / locks.LOCK_NAME
     if lock.is_file():
         options = _from_lock(path, locks.read(lock), options)
-    for name in ("drafter", "mmproj", "template"):
-        given = getattr(options, name)
-        if given is not None and not given.is_file():
+    for name, given in files_of(options).items():
+        if not given.is_file():
             raise NotFound(f"no such file for {name}", where=given)
     return options
+
+
+def files_of(options: ModelOptions) -> dict[str, Path]:
+    """Those of COMPANIONS that are named, by name."""
+    return {name: path for name in COMPANIONS if (path := getattr(options, name)) is not None}
 
 
 def apart(path: Path, options: ModelOptions, tokens: int) -> ModelOptions | None:

@@ -82,13 +82,23 @@ def keep_signals() -> None:
         signal.siginterrupt(signal.SIGTERM, False)  # as asyncio has it
 
 
+def address_of(given: str | None) -> str:
+    """Of the cluster that is meant, as Ray's own commands have it."""
+    return given or os.environ.get("RAY_ADDRESS") or "auto"
+
+
 def head_answers() -> bool:
     """Whether the head of the joined cluster takes connections."""
-    host, _, port = library().get_runtime_context().gcs_address.rpartition(":")
     with contextlib.suppress(OSError):
-        socket.create_connection((host.strip("[]"), int(port)), _SECONDS).close()
+        _knock(library().get_runtime_context().gcs_address)
         return True
     return False
+
+
+def _knock(address: str) -> None:
+    """Connects to HOST:PORT. Raises OSError, OverflowError (no such port)."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), _SECONDS).close()
 
 
 def connect(address: str, *, shows: bool = False, tells: bool = False) -> bool:
@@ -158,7 +168,7 @@ def _answering(address: str) -> str:
         raise BadOption("not the address of a Ray cluster", where="--ray-address", found=target[:100],
                         expected="HOST:PORT, or auto")  # fmt: skip
     try:
-        socket.create_connection((host.strip("[]"), int(port)), _SECONDS).close()
+        _knock(target)
     except (OSError, OverflowError) as error:
         why = getattr(error, "strerror", None) or str(error)
         raise BadOption("no Ray cluster answers", where=f"--ray-address {target}", found=why, hint=hint) from None

@@ -172,7 +172,7 @@ class LlamaServer(OpenAi):
 
     def _start(self) -> str:
         """Starts it and waits until it answers; its address."""
-        port = self.options.port or (_free_port() if self.binary else 0)
+        port = self.options.port or (free_port() if self.binary else 0)
         job = self.options.job(self.file, self.threads)
         if self.binary:
             job = {"command": [self.binary, *self.options.arguments(self.file, self.threads, port)]}
@@ -274,7 +274,8 @@ def _binary(given: str | os.PathLike[str] | None) -> str | None:
     return found
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Of this machine, for a server that cannot find one itself."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +47,7 @@ def train_on_ray(
     options = options or TrainOptions()
     out = Path(out).absolute()
     folder = work_folder(out, work).absolute()
-    joined = ray_cluster.connect(
-        address or os.environ.get("RAY_ADDRESS") or "auto", shows=not console.is_quiet(), tells=True
-    )
+    joined = ray_cluster.connect(ray_cluster.address_of(address), shows=not console.is_quiet(), tells=True)
     try:
         each = _resources(processes, options)
         backend = "cuda:nccl,cpu:gloo" if "GPU" in each else "gloo"  # as ``lowbit.train.world`` has it

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from lowbit.batch.engines.local import Local
 from lowbit.batch.items import Item
 from lowbit.errors import LowbitError
 from lowbit.harness import HarnessError, Trace
+from lowbit.model_server import files_of
 
 CONCURRENCY = 5000  # calls of a worker at once: as many slots as there may be, and those that look after it
 
@@ -38,18 +39,11 @@ class Work:
     vllm: bool
 
 
-@dataclass
-class _Coming:
-    """Files that are being received, by their hashes."""
-
-    files: dict[str, shipping.Receiving] = field(default_factory=dict)
-
-
 class Worker:
     """The actor. Ray makes and ends it; every method may be called at the same time as any other."""
 
     def __init__(self) -> None:
-        self._coming = _Coming()
+        self._coming: dict[str, shipping.Receiving] = {}  # files on their way, by their hashes
         self._engine: Engine | None = None
         self._checks: dict[bytes, Any] = {}
 
@@ -65,16 +59,16 @@ class Worker:
         """Whether the cache does not have it: it is then to be sent, piece by piece. Raises CannotWrite."""
         if await asyncio.to_thread(shipping.cached, needed, digest):
             return False
-        self._coming.files[digest] = shipping.Receiving(needed, digest)
+        self._coming[digest] = shipping.Receiving(needed, digest)
         return True
 
     async def take(self, digest: str, piece: bytes) -> None:
         """Raises CannotWrite."""
-        await asyncio.to_thread(self._coming.files[digest].write, piece)
+        await asyncio.to_thread(self._coming[digest].write, piece)
 
     async def whole(self, digest: str) -> None:
         """All pieces of it came. Raises BadFile, CannotWrite."""
-        await asyncio.to_thread(self._coming.files.pop(digest).finish)
+        await asyncio.to_thread(self._coming.pop(digest).finish)
 
     async def serve(self, work: Work, digests: dict[str, str], cores: int) -> dict[str, Any]:
         """Starts the server. digests: by their paths, of the files that are in the cache. cores: that Ray gave it.
@@ -116,9 +110,9 @@ class Worker:
             return {"failed": found, "trace": None if error.trace is None else vars(error.trace)}
 
     async def close(self) -> None:
-        for coming in self._coming.files.values():
+        for coming in self._coming.values():
             coming.drop()
-        self._coming.files.clear()
+        self._coming.clear()
         engine, self._engine = self._engine, None
         if engine is not None:
             await engine.__aexit__(None, None, None)
@@ -172,8 +166,7 @@ def placed(work: Work, digests: dict[str, str]) -> EngineOptions:
         needed.path: shipping.place(needed, digests[needed.path]) if needed.path in digests else Path(needed.path)
         for needed in work.files
     }
-    named = {name: getattr(work.options.server, name) for name in ("drafter", "mmproj", "template")}
-    moved: Any = {name: at[str(path)] for name, path in named.items() if path is not None}
+    moved: Any = {name: at[str(path)] for name, path in files_of(work.options.server).items()}
     server = replace(work.options.server, **moved)
     model = work.options.model
     assert model is not None

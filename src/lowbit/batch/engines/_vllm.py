@@ -26,6 +26,7 @@ from lowbit.batch.engines.base import Caller, CarefulUpstream, Engine, EngineOpt
 from lowbit.batch.items import Item
 from lowbit.errors import BadOption, NotFound, RuntimeFailed
 from lowbit.harness import Harness, UpstreamFailed
+from lowbit.run.llama_server import free_port
 
 _SLOTS = 128  # requests at a time: vLLM makes batches of what there is
 _PATIENCE = 1800.0  # seconds to load, and to compile for the GPU
@@ -62,7 +63,7 @@ class Vllm(Engine):
 
     async def __aenter__(self) -> Self:
         """Raises NotFound (no vllm here), RuntimeFailed with vLLM's last words."""
-        key, port = secrets.token_urlsafe(24), _free_port()
+        key, port = secrets.token_urlsafe(24), free_port()
         self._start(command(self.options, self.slots, port), key)
         upstream = CarefulUpstream(f"http://127.0.0.1:{port}/v1", key=key, model=_served(self.options))
         self.url = upstream.url
@@ -173,13 +174,6 @@ def command(options: EngineOptions, slots: int, port: int) -> list[str]:
 
 def _served(options: EngineOptions) -> str:
     return Path(str(options.model)).name
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:

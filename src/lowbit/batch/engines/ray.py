@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +35,6 @@ from lowbit.errors import BadOption, RuntimeFailed
 _EVERY = 1.0  # seconds between two looks at the cluster's nodes
 _SAY_AFTER = 10.0  # seconds without any worker
 _HEADLESS, _PARTING = 30.0, 20.0  # seconds without the head until the batch is given up, and for the end of a session
-_AUTO = "auto"
 
 
 class Ray(Engine):
@@ -69,7 +67,7 @@ class Ray(Engine):
 
     @property
     def address(self) -> str:
-        return self.options.ray_address or os.environ.get("RAY_ADDRESS") or _AUTO
+        return cluster.address_of(self.options.ray_address)
 
     @property
     def slots(self) -> int:
@@ -154,10 +152,8 @@ class Ray(Engine):
         else:
             files = [Needed.of(Path(str(self.options.model)))]
         server = self.options.server
-        extra = [path.absolute() for path in (server.drafter, server.mmproj, server.template) if path is not None]
-        files += [Needed.of(path) for path in extra]
-        whole = {"drafter": server.drafter, "mmproj": server.mmproj, "template": server.template}
-        absolute: Any = {name: path.absolute() for name, path in whole.items() if path is not None}
+        absolute: Any = {name: path.absolute() for name, path in model_server.files_of(server).items()}
+        files += [Needed.of(path) for path in absolute.values()]
         options = replace(self.options, server=replace(server, **absolute), ray_address=None, key=None)
         folder = None if self._folder is None else str(self._folder.absolute())
         return Work(options, tuple(files), folder, self._longest, vllm=self._folder is not None)
