@@ -179,6 +179,7 @@ class _Run:
             data = np.ascontiguousarray(values, "<f4").reshape(-1).view(np.uint8)
             self.file.write(self.layout.offsets[name], data.data)
         self.file.finish_part(part)
+        self.file.sync()  # the sums go next: by then the journal has to know of the pass
         self.left = ("", 0)
         self._save("", 0, {})  # the time that it took
 
