@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from texts_to_train_on import sentences
 
 import lowbit
 from lowbit.checkpoint import open_checkpoint
@@ -26,9 +27,7 @@ FEW: dict[str, Any] = {"steps": 12, "threads": 1, "sequence_length": 32, "precis
 
 @pytest.fixture
 def prose(tmp_path: Path) -> str:
-    path = tmp_path / "prose.txt"
-    path.write_text("".join(f"Sentence {i} says that {i * i} is the square of {i}. " for i in range(400)), "utf-8")
-    return str(path)
+    return str(sentences(tmp_path / "prose.txt", 400))
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from texts_to_train_on import sentences
 
 import lowbit
 from lowbit import grid as grids
@@ -28,9 +29,7 @@ FEW: dict[str, Any] = {"threads": 1, "sequence_length": 64, "precision": "float3
 
 @pytest.fixture
 def prose(tmp_path: Path) -> str:
-    path = tmp_path / "prose.txt"
-    path.write_text("".join(f"Sentence {i} says that {i * i} is the square of {i}. " for i in range(300)), "utf-8")
-    return str(path)
+    return str(sentences(tmp_path / "prose.txt", 300))
 
 
 def test_a_model_trained_for_a_cache_suffers_less_from_it(

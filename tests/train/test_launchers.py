@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from texts_to_train_on import random_words
 
 import lowbit
 from lowbit.release.lock import read as read_lock
@@ -26,10 +26,7 @@ ACCELERATE = ["accelerate.commands.launch", "--num-processes", "2", "--num-machi
 
 @pytest.fixture(scope="module")
 def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    words = ["block", "group", "scale", "zero", "point", "rounding", "cache", "slot", "template", "drafter", "nibble"]
-    path = tmp_path_factory.mktemp("prose") / "prose.txt"
-    path.write_text(" ".join(random.Random(0).choices(words, k=6000)), encoding="utf-8")
-    return path
+    return random_words(tmp_path_factory.mktemp("prose") / "prose.txt", 6000)
 
 
 def launched(launcher: list[str], *words: object) -> subprocess.CompletedProcess[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from texts_to_train_on import random_words
 from transformers import TrainerCallback
 
 import lowbit
@@ -204,10 +204,7 @@ def tiny_folder(save_tiny_llama: Callable[..., Any], tmp_path_factory: pytest.Te
 @pytest.fixture(scope="module")
 def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Words enough for every sequence that the steps may ask for."""
-    words = ["block", "group", "scale", "zero", "point", "rounding", "cache", "slot", "template", "drafter", "nibble"]
-    path = tmp_path_factory.mktemp("prose") / "prose.txt"
-    path.write_text(" ".join(random.Random(0).choices(words, k=2000)), encoding="utf-8")
-    return path
+    return random_words(tmp_path_factory.mktemp("prose") / "prose.txt", 2000)
 
 
 def short_run(folder: Path, prose: Path, out: Path, train: str) -> TrainResult:

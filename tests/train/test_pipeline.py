@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from texts_to_train_on import sentences
 
 import lowbit
 from lowbit.checkpoint import open_checkpoint
@@ -27,9 +28,7 @@ FEW: dict[str, Any] = {"steps": 2, "threads": 1, "sequence_length": 32, "precisi
 
 @pytest.fixture
 def prose(tmp_path: Path) -> str:
-    path = tmp_path / "prose.txt"
-    path.write_text("".join(f"Sentence {i} says that {i * i} is the square of {i}. " for i in range(300)), "utf-8")
-    return str(path)
+    return str(sentences(tmp_path / "prose.txt", 300))
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

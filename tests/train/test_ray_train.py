@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ pytest.importorskip("ray")
 sys.path.append(str(Path(__file__).parent.parent / "batch"))
 
 from ray_nodes import Cluster
+from texts_to_train_on import random_words
 
 import lowbit
 from lowbit.cli import main
@@ -38,10 +38,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def prose(tmp_path: Path) -> Path:
-    words = ["block", "group", "scale", "zero", "point", "rounding", "cache", "slot", "template", "drafter", "nibble"]
-    path = tmp_path / "prose.txt"
-    path.write_text(" ".join(random.Random(0).choices(words, k=3000)), encoding="utf-8")
-    return path
+    return random_words(tmp_path / "prose.txt", 3000)
 
 
 def test_two_workers_train_as_one_process_does(
@@ -54,7 +51,7 @@ def test_two_workers_train_as_one_process_does(
     flags = [word for name, value in FEW.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     words = ["train", model.name, "-o", "two", "--data", prose.name, *flags, "--launcher", "ray", "--processes", "2"]
     assert main([*words, "--ray-address", cluster.address]) == 0
-    assert capfd.readouterr().out == "two\n"  # what its workers say comes by way of Ray, and may be late
+    assert capfd.readouterr().out == "two\n"  # what its workers say may come when it is over, and too late
     alone = lowbit.train(model, tmp_path / "alone", options=TrainOptions(**FEW, data=str(prose)))
     ledger = json.loads((tmp_path / "two.work" / "ledger.json").read_text("utf-8"))
     ours, theirs = (record["curve"] for record in (ledger["facts"]["record"], alone.record))
@@ -72,18 +69,22 @@ def test_two_workers_train_as_one_process_does(
 
 
 def test_a_worker_that_is_killed_ends_the_command_and_nothing_is_lost(
-    cluster: Cluster, tiny_llama: Callable[..., Path], prose: Path, tmp_path: Path
+    cluster: Cluster, tiny_llama: Callable[..., Path], prose: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """It is killed while it trains: one line, and what the run had done is there for the same command."""
     model, out = tiny_llama(num_hidden_layers=1), tmp_path / "out"
     options = TrainOptions(**FEW | {"steps": 100_000}, data=str(prose))
     killed: list[int] = []
+    said: list[str] = []
 
     def kill() -> None:
         ledger = tmp_path / "out.work" / "ledger.json"
         while not (ledger.exists() and "prepare" in json.loads(ledger.read_text("utf-8"))["stages"]):
             time.sleep(0.2)
-        time.sleep(2.0)  # into the steps
+        deadline = time.monotonic() + 60
+        while "Distilling" not in "".join(said) and time.monotonic() < deadline:  # a worker's progress is shown here
+            said.append(capfd.readouterr().err)
+            time.sleep(0.2)
         process = cluster.processes("RayTrainWorker")[1]
         process.kill()
         killed.append(process.pid)
@@ -94,6 +95,7 @@ def test_a_worker_that_is_killed_ends_the_command_and_nothing_is_lost(
         train_on_ray(model, out, processes=2, address=cluster.address, options=options)
     thread.join(10)
     assert killed and not out.exists()
+    assert "Distilling" in "".join(said)
     stages = json.loads((tmp_path / "out.work" / "ledger.json").read_text("utf-8"))["stages"]
     assert {"data", "reference", "prepare"} <= stages.keys() and "distil" not in stages
 

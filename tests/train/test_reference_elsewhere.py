@@ -19,6 +19,7 @@ import httpx2
 import numpy as np
 import pytest
 import torch
+from texts_to_train_on import random_words
 
 import lowbit
 from lowbit import record_file
@@ -39,15 +40,9 @@ FEW: dict[str, Any] = {
 OF_FILE: dict[str, Any] = {"sequence_length": LENGTH, "precision": "float32", "threads": 1}
 
 
-def write_prose(path: Path, words: int = 3000, seed: int = 0) -> Path:
-    some = ["block", "group", "scale", "zero", "point", "rounding", "cache", "slot", "template", "drafter", "nibble"]
-    path.write_text(" ".join(random.Random(seed).choices(some, k=words)), encoding="utf-8")
-    return path
-
-
 @pytest.fixture(scope="module")
 def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_prose(tmp_path_factory.mktemp("prose") / "prose.txt")
+    return random_words(tmp_path_factory.mktemp("prose") / "prose.txt", 3000)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +130,7 @@ def test_several_processes_share_a_file_and_a_process(model: Path, prose: Path, 
 
 
 def test_a_file_killed_while_it_was_written_goes_on(model: Path, tmp_path: Path) -> None:
-    path, prose = tmp_path / "reference.bin", write_prose(tmp_path / "long.txt", 9_000)
+    path, prose = tmp_path / "reference.bin", random_words(tmp_path / "long.txt", 9_000)
     words = [
         "reference",
         str(model),
@@ -177,7 +172,7 @@ def test_what_does_not_belong_is_refused(
 
     refused("of another model; found tiny", other_model)
     refused(r"another length; found 16 tokens; expected 32\. Try --sequence-length 16", model, sequence_length=32)
-    another = write_prose(tmp_path / "another.txt", seed=1)
+    another = random_words(tmp_path / "another.txt", 3000, seed=1)
     refused(r"of other data; found prose.txt .* Leave --data out", model, data=str(another))
     refused("compact", model, targets="hidden")
     renamed = tmp_path / "renamed.txt"

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from texts_to_train_on import sentences
 
 import lowbit
 from lowbit.checkpoint import open_checkpoint
@@ -24,9 +25,7 @@ WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2}
 
 @pytest.fixture
 def prose(tmp_path: Path) -> str:
-    path = tmp_path / "prose.txt"
-    path.write_text("".join(f"Sentence {i} says that {i * i} is the square of {i}. " for i in range(300)), "utf-8")
-    return str(path)
+    return str(sentences(tmp_path / "prose.txt", 300))
 
 
 @pytest.mark.parametrize("train", ["full", "both"])

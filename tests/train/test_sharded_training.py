@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from texts_to_train_on import random_words
 
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import BadOption
@@ -32,10 +32,7 @@ FEW: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def prose(tmp_path_factory: pytest.TempPathFactory) -> str:
-    words = ["block", "group", "scale", "zero", "point", "rounding", "cache", "slot", "template", "drafter", "nibble"]
-    path = tmp_path_factory.mktemp("prose") / "prose.txt"
-    path.write_text(" ".join(random.Random(0).choices(words, k=3000)), encoding="utf-8")
-    return str(path)
+    return str(random_words(tmp_path_factory.mktemp("prose") / "prose.txt", 3000))
 
 
 def trained(n: int, model: Path, out: Path, options: dict[str, Any], **more: int) -> dict[str, Any]:

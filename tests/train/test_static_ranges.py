@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from texts_to_train_on import sentences
 from transformers import TrainingArguments
 from transformers.integrations.gemma_quant import QuantizedLinear, apply_srq
 
@@ -108,7 +109,7 @@ def test_layers_that_share_a_cache_see_its_owners_rounding(tiny_gemma4: Callable
 
 def test_a_run_trains_and_saves_them(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
-    text.write_text("".join(f"Sentence {i} says that {i * i} is the square of {i}. " for i in range(300)), "utf-8")
+    sentences(text, 300)
     options = TrainOptions(
         recipe="mobile_mlp2", train="both", activations="static", data=str(text), steps=4, threads=1,
         sequence_length=32, precision="float32", learning_rate=1e-3, scale_rate=1e-2,
