@@ -44,6 +44,8 @@ ORDER = (
 RANK = {name: rank for rank, line in enumerate(ORDER) for name in line}
 # train and pack meet in a checkpoint on disk.
 APART = {("pack", "train")}
+# Beside train, what runs models in torch.
+TORCH = (SOURCE / "run" / "transformers.py", SOURCE / "run" / "_hf_model.py")
 HEAVY = (
     "torch",
     "transformers",
@@ -90,7 +92,7 @@ def wrong_imports(path: Path) -> list[str]:
         other = rest.partition(".")[0]
         if top == "lowbit" and other in RANK and (RANK[other] > RANK[own] or (own, other) in APART):
             wrong.append(name)
-        if top == "torch" and own != "train" and path != SOURCE / "run" / "transformers.py":
+        if top == "torch" and own != "train" and path not in TORCH:
             wrong.append(name)
     return wrong
 

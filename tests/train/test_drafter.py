@@ -17,10 +17,10 @@ import lowbit
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.gguf_file import GgufFile
 from lowbit.errors import BadOption
+from lowbit.run._hf_model import load
 from lowbit.train import TrainOptions, loop, reference
 from lowbit.train.cut import Cut, layers_asked
 from lowbit.train.drafter import train_drafter
-from lowbit.train.model import load
 
 FEW: dict[str, Any] = {"steps": 12, "threads": 1, "sequence_length": 32, "precision": "float32", "batch_size": 4}
 

@@ -18,9 +18,10 @@ from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import Unsupported
 from lowbit.pack.calibration import Calibration
 from lowbit.pack.mix import choose
+from lowbit.run._hf_model import load
 from lowbit.train import data, experts
 from lowbit.train.importance import CollectOptions, collect
-from lowbit.train.model import load, load_tokenizer
+from lowbit.train.model import load_tokenizer
 
 LAYER = "model.layers.1.experts"
 GATE_UP, DOWN = f"{LAYER}.gate_up_proj", f"{LAYER}.down_proj"

@@ -18,9 +18,10 @@ from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import BadFile, BadOption, NotFound
 from lowbit.pack.calibration import Calibration
 from lowbit.pack.mix import choose
+from lowbit.run._hf_model import load
 from lowbit.train import data, importance, moments
 from lowbit.train.importance import CollectOptions, collect
-from lowbit.train.model import load, load_tokenizer
+from lowbit.train.model import load_tokenizer
 from lowbit.train.moments import Pass
 
 # Wide enough for blocks of 256 in the MLP's second matrix, and not in the others.

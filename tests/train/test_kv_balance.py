@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lowbit.checkpoint import open_checkpoint
+from lowbit.run._hf_model import load
 from lowbit.train import kv_balance, kv_quant
-from lowbit.train.model import load
 
 SEQUENCES = np.random.default_rng(0).integers(3, 300, (3, 64)).astype(np.int32)
 

@@ -15,10 +15,10 @@ from lowbit import grid as grids
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import BadOption, Unsupported
 from lowbit.grid import _hadamard, _on_the_fly
+from lowbit.run._hf_model import load
 from lowbit.run._kv_types import UNQUANTIZED
 from lowbit.run.llama_cpp import LlamaCpp
 from lowbit.train import kv_quant
-from lowbit.train.model import load
 
 TOKENS = np.random.default_rng(0).integers(3, 300, 100).astype(np.int32)
 TYPES = ("q4_0", "q8_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "f16", "bf16", "q8_0:q4_0", "f16:q5_1")

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lowbit.checkpoint import open_checkpoint
+from lowbit.run._hf_model import load
 from lowbit.train import sampling
-from lowbit.train.model import load
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

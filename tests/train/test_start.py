@@ -17,10 +17,10 @@ from lowbit import grid as grids
 from lowbit import recipe as recipes
 from lowbit.checkpoint import open_checkpoint
 from lowbit.grid.base import Grid
+from lowbit.run._hf_model import load
 from lowbit.train import importance, start
 from lowbit.train.fake_quant import assignment, master, prepare, quantized
 from lowbit.train.importance import CollectOptions
-from lowbit.train.model import load
 
 Q4_0 = grids.get("q4_0")
 

@@ -1,11 +1,12 @@
 """transformers in this process: what Hugging Face folders, compressed-tensors folders and GGUF files mean in torch.
 
-Of a GGUF transformers dequantizes every tensor: it computes with the values that the file stores, without the rounding
-of activations that llama.cpp does. No code that comes with a model is run, and no pickle is read.
+Of a GGUF every tensor is dequantized: torch computes with the values that the file stores, without the rounding of
+activations that llama.cpp does. No code that comes with a model is run, and no pickle is read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 import os
@@ -19,7 +20,7 @@ import numpy as np
 from lowbit.checkpoint import open_checkpoint, safetensors_file
 from lowbit.checkpoint.gguf_file import GgufFile
 from lowbit.checkpoint.model import read_json
-from lowbit.errors import BadConfig, BadFile, BadOption, LowbitError, NotFound, RuntimeFailed
+from lowbit.errors import BadConfig, BadFile, BadOption, LowbitError, NotFound, RuntimeFailed, Unsupported
 from lowbit.run import _looks
 from lowbit.run._hf_tokenizer import HfTokenized, load_tokenizer
 from lowbit.run.base import Suits, check_sizes, first_line
@@ -157,21 +158,43 @@ class Transformers(HfTokenized):
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
-        folder, options = self.path, dict[str, Any]()
+        folder, options = self.path, {"dtype": getattr(self._torch, dtype) if dtype else "auto"}
         if not self.path.is_dir():
-            folder, options = self.path.parent, {"gguf_file": self.path.name, **_config_of(self.path)}
-        wanted = getattr(self._torch, dtype) if dtype else self._torch.float32 if options else "auto"
+            folder = self.path.parent
+            options = {"dtype": self._torch.float32, "gguf_file": self.path.name} | (options if dtype else {})
         logging.disable_progress_bar()
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=wanted, trust_remote_code=False, local_files_only=True, use_safetensors=True, **options
-            )
-            return model.eval().to(self._device)
+            model = None if self.path.is_dir() else self._read_gguf()
+            if model is None:
+                model = AutoModelForCausalLM.from_pretrained(
+                    folder, trust_remote_code=False, local_files_only=True, use_safetensors=True, **options
+                ).eval()
+            elif dtype:
+                model = model.to(options["dtype"])
+            return model.to(self._device)
+        except LowbitError:
+            raise
         except Exception as error:  # whatever a model class raises on a config or on weights that do not fit it
             raise BadFile(
                 "transformers cannot load this", where=self.path, found=first_line(error),
                 hint="Is it whole, and its architecture known to transformers?",
             ) from error  # fmt: skip
+
+    def _read_gguf(self) -> Any:
+        """The model of a GGUF, its file read by lowbit, float32; None of a family that lowbit does not know.
+
+        transformers reads them too, but takes what GGUF does not store for its own defaults (Gemma 3's
+        query_pre_attn_scalar), and needs twelve seconds for SmolLM2-135M where this needs one.
+        """
+        from lowbit.run import _hf_model
+
+        try:
+            checkpoint = open_checkpoint(self.path)
+        except LowbitError:
+            return None
+        with checkpoint, contextlib.suppress(Unsupported):
+            return _hf_model.load(checkpoint)
+        return None
 
     def _load_tokenizer(self) -> Any:
         if self.path.is_dir():
@@ -185,19 +208,6 @@ class Transformers(HfTokenized):
     def _fitting(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         self._check_open()
         return super()._fitting(tokens)
-
-
-def _config_of(path: Path) -> dict[str, Any]:
-    """{"config"} of a GGUF as lowbit reads it: transformers takes what GGUF does not store for its own defaults, as
-    Gemma 3's query_pre_attn_scalar. {} of a family that lowbit does not know."""
-    from transformers import AutoConfig
-
-    try:
-        with open_checkpoint(path) as checkpoint:
-            found = dict(checkpoint.config)
-    except LowbitError:
-        return {}
-    return {"config": AutoConfig.for_model(found.pop("model_type"), **found)}
 
 
 def _library() -> Any:

@@ -19,9 +19,10 @@ except ImportError as error:
         "training needs torch and transformers", found=error, hint='pip install "lowbit[train]"'
     ) from None
 
+from lowbit.run._hf_model import load
 from lowbit.train.fake_quant import FakeQuantizer, prepare
 from lowbit.train.loss import HiddenTargets, TopKTargets, distillation_loss
-from lowbit.train.model import load, load_tokenizer, save
+from lowbit.train.model import load_tokenizer, save
 from lowbit.train.options import TrainOptions
 from lowbit.train.pipeline import TrainResult, train
 

@@ -19,9 +19,10 @@ import torch
 from lowbit import launch
 from lowbit.checkpoint import Checkpoint, open_checkpoint
 from lowbit.errors import BadOption, Unsupported
+from lowbit.run._hf_model import load
 from lowbit.train.cut import Cut, layers_asked
 from lowbit.train.ledger import Ledger
-from lowbit.train.model import load, load_tokenizer
+from lowbit.train.model import load_tokenizer
 from lowbit.train.moments import EMBEDDING
 from lowbit.train.options import TrainOptions
 from lowbit.train.pipeline import Run, TrainResult, check_free, run_key

@@ -27,8 +27,9 @@ from lowbit import __version__, console
 from lowbit.checkpoint import Checkpoint
 from lowbit.checkpoint.safetensors_file import Layout, read_header
 from lowbit.partial import Partial, resumable
+from lowbit.run._hf_model import load
 from lowbit.train import data
-from lowbit.train.model import load, load_tokenizer
+from lowbit.train.model import load_tokenizer
 from lowbit.train.moments import Pass, Site, model_shapes, sites
 from lowbit.train.storage import save_tensors
 

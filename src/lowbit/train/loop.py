@@ -20,11 +20,11 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from lowbit import console
 from lowbit.files import write_json
+from lowbit.run._hf_model import quiet_transformers
 from lowbit.train import sharded_checkpoint, static_ranges
 from lowbit.train.fake_quant import FakeQuantizer, chosen
 from lowbit.train.kv_quant import KvQuantizer, simulated
 from lowbit.train.loss import distillation_loss, softcap
-from lowbit.train.model import quiet_transformers
 from lowbit.train.options import TrainOptions
 from lowbit.train.precision import autocast
 from lowbit.train.reference import Kept

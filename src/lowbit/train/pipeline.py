@@ -23,6 +23,7 @@ from lowbit.checkpoint import Checkpoint, open_checkpoint
 from lowbit.checkpoint.model import MANIFEST
 from lowbit.errors import BadOption
 from lowbit.files import replacing
+from lowbit.run._hf_model import load
 from lowbit.train import data, forms, frames, importance, kv_balance, precision, static_ranges
 from lowbit.train.activation_quant import round_activations
 from lowbit.train.elsewhere import Elsewhere, identity
@@ -31,7 +32,7 @@ from lowbit.train.kv_quant import quantizer_of
 from lowbit.train.ledger import Ledger
 from lowbit.train.loop import DistillationTrainer, Schedule, distil, latest_checkpoint
 from lowbit.train.loss import softcap
-from lowbit.train.model import load, load_tokenizer, save
+from lowbit.train.model import load_tokenizer, save
 from lowbit.train.moments import EMBEDDING
 from lowbit.train.options import TrainOptions
 from lowbit.train.record import describe

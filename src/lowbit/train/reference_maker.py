@@ -14,10 +14,11 @@ from torch import nn
 from lowbit import console, files, texts
 from lowbit.checkpoint import Checkpoint
 from lowbit.errors import BadOption
+from lowbit.run._hf_model import load
 from lowbit.train import data, precision, reference_file, reference_server
 from lowbit.train.forms import Compact
 from lowbit.train.loss import softcap
-from lowbit.train.model import load, load_tokenizer
+from lowbit.train.model import load_tokenizer
 from lowbit.train.moments import EMBEDDING
 from lowbit.train.options import PRECISIONS
 from lowbit.train.reference import OwnReference

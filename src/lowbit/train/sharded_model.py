@@ -19,8 +19,9 @@ from torch.nn.utils import parametrize
 from lowbit import grid as grids
 from lowbit.checkpoint import Checkpoint, Tensor, write_checkpoint
 from lowbit.grid.base import Blocks
+from lowbit.run._hf_model import unfilled, weights
 from lowbit.train.fake_quant import FakeQuantizer, assignment, master, quantized, read_from, retie
-from lowbit.train.model import on_grid, unfilled, weights
+from lowbit.train.model import on_grid
 from lowbit.train.rounded_shard import RoundedShard
 from lowbit.train.trainable import choose_parameters
 from lowbit.train.world import World

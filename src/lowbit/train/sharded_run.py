@@ -17,9 +17,9 @@ from safetensors import safe_open
 from lowbit.checkpoint import Checkpoint
 from lowbit.checkpoint.model import MANIFEST
 from lowbit.errors import Unsupported
+from lowbit.run._hf_model import load
 from lowbit.train import data, frames, sharded_model
 from lowbit.train.fake_quant import master, quantized
-from lowbit.train.model import load
 from lowbit.train.pipeline import Run
 from lowbit.train.precision import autocast
 from lowbit.train.reference import ReferenceCache
