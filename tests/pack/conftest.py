@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import pytest
 
 from lowbit import grid as grids
 from lowbit.checkpoint import Tensor, open_checkpoint, write_checkpoint
+
+sys.path.insert(0, str(Path(__file__).parent))  # what these tests share beside this file
 
 Make = Callable[..., Path]
 

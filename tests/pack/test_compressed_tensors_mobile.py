@@ -13,32 +13,17 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file, save_file
+from trained_for_phones import trained
 
 import lowbit
 from lowbit import grid as grids
 from lowbit import recipe
-from lowbit.checkpoint import Tensor, open_checkpoint, write_checkpoint
+from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import BadFile, Unsupported
 
 Make = Callable[..., Path]
 EMBEDDING = "model.embed_tokens.weight"
 DOWN = "model.layers.0.mlp.down_proj.weight"
-
-
-def trained(folder: Path, out: Path, name: str) -> tuple[Path, dict[str, grids.Blocks]]:
-    """A checkpoint as training leaves it, on BF16 scales that no rule would choose; and its blocks."""
-    blocks, tensors = {}, []
-    with open_checkpoint(folder) as source:
-        types = recipe.get(name).assign(source)
-        for tensor in source.names:
-            values, raw, grid = source.read(tensor), None, grids.get(types[tensor])
-            if grid.whole_rows:
-                wide = np.float32(0.77) * grid.quantize(values).scales
-                scales = (wide.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
-                found = blocks[tensor] = grid.encode(values, scales)
-                values, raw = grid.dequantize(found), grid.pack(found)
-            tensors.append(Tensor(name=tensor, values=values, grid=grid.name if raw is not None else None, blocks=raw))
-        return write_checkpoint(out, source, tensors), blocks
 
 
 def in_transformers(folder: Path) -> dict[str, torch.Tensor]:

@@ -5,7 +5,8 @@ in the lowest bits; ``X.weight_scale`` (rows, n / group) floating point; ``X.wei
 x scale with codes from -8 to 7: Q4_0's own arithmetic, so the codes go into a Q4_0 block as they are; a scale of 128
 weights goes into four. With the strategy ``channel`` a row has one scale, and codes may have 2, 4 or 8 bits, plus 2, 8
 or 128, as many in a word as fit: the grids channelwise2, 4 and 8. Of a layer's experts, one weight in Hugging Face,
-each has matrices of its own: ``X.experts.7.gate_proj.weight``, up and down. Source:
+each has matrices of its own: ``X.experts.7.gate_proj.weight``, up and down. Of activations, static int8 ones are read
+(``static_activations``). Source:
 compressed_tensors/compressors/pack_quantized; experts as vLLM reads them (model_executor/models/gemma4.py).
 """
 
@@ -30,6 +31,7 @@ from lowbit.checkpoint.packed import (
     rows_of,
     scale_rows,
 )
+from lowbit.checkpoint.static_activations import is_static, names_of, scalar
 from lowbit.errors import BadConfig, BadFile, Unsupported
 from lowbit.grid._channelwise import Channelwise
 from lowbit.grid._int4 import Int4
@@ -77,17 +79,22 @@ def scheme_of(config: Mapping[str, Any], where: object) -> CompressedTensors | N
             "this quantization is not read", where=where, found=f"{method} {form}",
             expected="compressed-tensors pack-quantized", hint="Start from the unquantized checkpoint",
         )  # fmt: skip
-    for key in ("transform_config", "sparsity_config", "kv_cache_scheme"):
+    for key in ("transform_config", "sparsity_config"):
         if described.get(key):  # rotated or sparse weights would be read as if they were not
             raise Unsupported("this quantization is not read", where=where, found=f"{KEY}.{key}", expected="null")
     groups = described.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         raise BadConfig(f"{KEY} has no config_groups", where=where)
     kinds = {_kind(name, group, where) for name, group in groups.items()}
+    static = is_static(described.get("kv_cache_scheme"), where, "kv_cache_scheme")
+    for name, group in groups.items():
+        for key in ("input_activations", "output_activations"):
+            static |= is_static(group.get(key), where, f"{name}.{key}")
     sizes = {size for _, size in kinds if size is not None}
     if len(sizes) > 1:
         raise Unsupported("this quantization is not read", where=where, found=f"groups of {sorted(sizes)}")
-    return CompressedTensors(next(iter(sizes), None), frozenset(bits for bits, size in kinds if size is None))
+    channel = frozenset(bits for bits, size in kinds if size is None)
+    return CompressedTensors(next(iter(sizes), None), channel, static=static)
 
 
 def _kind(name: str, group: Any, where: object) -> tuple[int, int | None]:
@@ -99,8 +106,6 @@ def _kind(name: str, group: Any, where: object) -> tuple[int, int | None]:
         if weights.get(key, False if key == "dynamic" else None) != expected:
             found = f"{name}.weights.{key} = {weights.get(key)!r}"
             raise Unsupported("this quantization is not read", where=where, found=found, expected=expected)
-    if group.get("input_activations") is not None:
-        raise Unsupported("quantized activations are not read", where=where, found=f"{name}.input_activations")
     bits, strategy = weights.get("num_bits"), weights.get("strategy")
     if strategy == "channel":
         if type(bits) is not int or bits not in _CHANNEL_BITS:
@@ -120,13 +125,15 @@ def _kind(name: str, group: Any, where: object) -> tuple[int, int | None]:
 
 class CompressedTensors(Scheme):
     """pack-quantized, symmetric: 4 bits in groups of ``group`` weights, where there are any, and a scale a row for
-    matrices of ``channel`` bits. Which of them a matrix has, its parts' sizes tell.
+    matrices of ``channel`` bits. Which of them a matrix has, its parts' sizes tell. static: activations are int8 on
+    scales that lie beside the matrices, some of them at least.
     """
 
     kind = "compressed-tensors"
 
-    def __init__(self, group: int | None, channel: frozenset[int] = frozenset()) -> None:
-        self.group, self.channel = group, channel
+    def __init__(self, group: int | None, channel: frozenset[int] = frozenset(), *, static: bool = False) -> None:
+        self.group, self.channel, self.static = group, channel, static
+        self._beside: dict[str, dict[str, str]] = {}  # of each matrix its activations' scales, by lowbit's names
         self._experts: dict[str, set[int]] = {}  # which there are of each weight of experts
 
     def matrices(self, files: Files) -> set[str]:
@@ -139,10 +146,15 @@ class CompressedTensors(Scheme):
                 stored = f"{match[1]}.{whole}"
                 self._experts.setdefault(stored, set()).add(int(match[2]))
             found.add(stored)
+            named = names_of(stored) if self.static else ()
+            self._beside[stored] = {ours: theirs for ours, theirs in named if theirs in files}
+        if self.static and not any(self._beside.values()):
+            raise BadFile("no scale of the activations that the config says are static", found="no .input_scale")
         return found
 
     def parts(self, name: str) -> tuple[str, ...]:
-        return tuple(part for matrix in self._matrices(name) for part in stored_parts(matrix))
+        parts = (part for matrix in self._matrices(name) for part in stored_parts(matrix))
+        return (*parts, *self._beside.get(name, {}).values())
 
     def _matrices(self, name: str) -> tuple[str, ...]:
         return matrices_of(name, sorted(self._experts.get(name, ())))
@@ -195,6 +207,10 @@ class CompressedTensors(Scheme):
                 raise BadFile(
                     "weight_shape is not the shape", where=stored_shape, found=list(stored), expected=[rows, n]
                 )
+        self.activation_scales(files, name)
+
+    def activation_scales(self, files: Files, name: str) -> dict[str, np.float32]:
+        return {ours: scalar(files[theirs], theirs) for ours, theirs in self._beside.get(name, {}).items()}
 
     def grid(self, files: Files, name: str) -> str:
         bits, group = self._kind_of(files, name)

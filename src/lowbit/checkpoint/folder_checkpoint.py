@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lowbit import grid as grids
-from lowbit.checkpoint import families, safetensors_file, schemes
+from lowbit.checkpoint import families, safetensors_file, schemes, static_activations
 from lowbit.checkpoint.families.base import Family
 from lowbit.checkpoint.gguf_file import Field, GgufFile
 from lowbit.checkpoint.model import (
@@ -184,6 +184,15 @@ class FolderCheckpoint(Checkpoint):
         if self._scheme and stored in self._packed:
             return self._scheme.grid(self._files, stored), self._scheme.coded_rows(self._files, stored, start, stop)
         return super().coded_rows(name, start, stop)
+
+    def activation_scales(self) -> dict[str, np.float32]:
+        found = static_activations.read(self.path, self.manifest.get("activations"))
+        for name, stored in self._stored.items():
+            if self._scheme and stored in self._packed:
+                beside = self._scheme.activation_scales(self._files, stored)
+                own = stored.rpartition(name)[0]  # what the folder's names begin with
+                found |= {scale.removeprefix(own): value for scale, value in beside.items()}
+        return found
 
     def gguf_metadata(self) -> list[Field] | None:
         return list(self._metadata.fields) if self._metadata else None

@@ -136,6 +136,10 @@ class Checkpoint:
         a folder."""
         return None
 
+    def activation_scales(self) -> dict[str, np.float32]:
+        """Those of static int8 activations, by the names that ``static_activations`` tells; {} where there are none."""
+        return {}
+
     def choose(self, recipe: str) -> None:
         """From here on codes and values are that recipe's, where training was for several; else the first one's."""
 

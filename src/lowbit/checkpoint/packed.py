@@ -59,6 +59,10 @@ class Scheme(ABC):
         """The same codes as blocks of ``block_grid``, uint8 (stop - start, row_bytes), where there is one."""
         return None
 
+    def activation_scales(self, files: Files, name: str) -> dict[str, np.float32]:
+        """Those of static int8 activations that lie beside the matrix, by ``static_activations``' names."""
+        return {}
+
     def read_rows(self, files: Files, name: str, start: int, stop: int) -> np.ndarray:
         """Rows of the matrix's values, float32 (stop - start, n)."""
         with np.errstate(over="ignore", invalid="ignore"):  # whoever reads the values checks that they are finite

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowbit import files, verbs
+from lowbit import console, files, verbs
 from lowbit import recipe as recipes
 from lowbit.checkpoint import Checkpoint, open_checkpoint
 from lowbit.checkpoint.projector import ProjectorCheckpoint, open_projector
@@ -111,6 +111,8 @@ def pack(
     else:
         container, name, types = _by_recipe(checkpoint, recipe, to)
     checkpoint.choose(name)
+    if not hasattr(container, "STATIC_ACTIVATIONS") and checkpoint.activation_scales():
+        console.log("the scales of static activations are left out: this container has no place for them")
     out = Path(out)
     proved: list[Certificate] = []
 

@@ -7,12 +7,13 @@ experts are written one by one, as vLLM reads them (``checkpoint.compressed_tens
 
 The mobile schema's classes have a scale a row (strategy ``channel``) and 2, 4 or 8 bits, each class a group of the
 config. Scales are float32, so that what the library makes of them is code times scale to the bit. It packs no
-embeddings: those are stored as the values that their codes stand for.
+embeddings: those are stored as the values that their codes stand for. Static int8 activations, keys and values go
+along where the checkpoint has their scales.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from lowbit.checkpoint import Checkpoint
 from lowbit.checkpoint.compressed_tensors import matrices_of, stored_parts, words_of
 from lowbit.checkpoint.families.base import TensorSpec
 from lowbit.checkpoint.packed import experts_of
+from lowbit.checkpoint.static_activations import SCHEME, is_of_cache, names_of
 from lowbit.errors import Unsupported
 from lowbit.grid._channelwise import Channelwise
 from lowbit.grid._int4 import Int4
@@ -34,6 +36,7 @@ from lowbit.pack.model_folder import Part
 from lowbit.pack.rows import plain_precision_of, plain_rows
 
 RECIPE = "int4_g32"
+STATIC_ACTIVATIONS = True
 _FLOATS = ("f32", "f16", "bf16")
 
 
@@ -64,6 +67,7 @@ def write(
                 where=name, found=list(shape), hint="Choose a float recipe such as bf16",
             )  # fmt: skip
     preferred = model_folder.preferred_dtype(checkpoint, tuple(quantized))
+    activations = _Activations(checkpoint, quantized)
     if any(map(experts_of, quantized)):
         console.log("experts are written one by one, as vLLM reads them; transformers must be told (docs/formats.md)")
 
@@ -78,17 +82,51 @@ def write(
         yield from _parts(
             spec, grid, _coded(checkpoint, spec, grid, preferred, naive=naive, threads=threads), preferred
         )
+        yield from activations.parts(spec.name)
 
     return model_folder.write(
         checkpoint,
         out,
-        config=_config(checkpoint, quantized, preferred),
+        config=_config(checkpoint, quantized, preferred, activations),
         parts_of=parts_of,
-        names_of=lambda spec: _names(spec) if spec.name in quantized else (spec.name,),
+        names_of=lambda spec: _names(spec, activations) if spec.name in quantized else (spec.name,),
         written_by="pt",
-        asked={"types": dict(types), "naive": naive},
+        asked={"types": dict(types), "naive": naive, "activations": {n: float(s) for n, s in activations.all.items()}},
         check=check,
     )
+
+
+class _Activations:
+    """Scales of static int8 activations, each beside a matrix. Left out, and left as floats, are an activation that was
+    never seen, what belongs to a matrix that is not quantized, and all caches where one of them would be, as they have
+    one scheme; also where heads are of two sizes, as Gemma 4's, for the library asks the config for one."""
+
+    def __init__(self, checkpoint: Checkpoint, quantized: Iterable[str]) -> None:
+        self.all = checkpoint.activation_scales()
+        named = [(matrix, ours, theirs) for matrix in quantized for ours, theirs in names_of(matrix)]
+        kept = {ours for _, ours, _ in named if self.all.get(ours, 0) > 0}
+        caches = set(filter(is_of_cache, self.all))
+        heads = {each.k_dim for each in checkpoint.family.cache(checkpoint.config)}
+        self.has_cache = bool(caches) and caches <= kept and len(heads) == 1
+        kept -= set() if self.has_cache else caches
+        if kept != self.all.keys():
+            console.log(f"{len(self.all) - len(kept)} of {len(self.all)} activations stay floats (docs/mobile.md)")
+        self._beside: dict[str, dict[str, str]] = {}
+        for matrix, ours, theirs in named:
+            if ours in kept:
+                self._beside.setdefault(matrix, {})[theirs] = ours
+
+    def kinds(self, matrix: str) -> tuple[bool, bool]:
+        """Whether the inputs and whether the outputs of 'X.weight' are rounded."""
+        module, beside = matrix.removesuffix(".weight"), self.names(matrix)
+        return f"{module}.input_scale" in beside, f"{module}.output_scale" in beside
+
+    def names(self, matrix: str) -> tuple[str, ...]:
+        return tuple(self._beside.get(matrix, ()))
+
+    def parts(self, matrix: str) -> Iterator[Part]:
+        for theirs, ours in self._beside.get(matrix, {}).items():
+            yield Part(name=theirs, dtype="F32", shape=(1,), arrays=[np.array([self.all[ours]], "<f4")])
 
 
 def _unit(grid: Int4 | Channelwise) -> int:
@@ -96,7 +134,9 @@ def _unit(grid: Int4 | Channelwise) -> int:
     return 32 // grid.bits if isinstance(grid, Channelwise) else grid.block_size
 
 
-def _config(checkpoint: Checkpoint, quantized: Mapping[str, Int4 | Channelwise], preferred: str) -> dict[str, Any]:
+def _config(
+    checkpoint: Checkpoint, quantized: Mapping[str, Int4 | Channelwise], preferred: str, activations: _Activations
+) -> dict[str, Any]:
     config = {key: value for key, value in checkpoint.config.items() if key not in ("torch_dtype", "_name_or_path")}
     exact = any(isinstance(grid, Channelwise) for grid in quantized.values())
     dtype = "float32" if exact else model_folder.CONFIG_DTYPES[preferred]
@@ -106,22 +146,25 @@ def _config(checkpoint: Checkpoint, quantized: Mapping[str, Int4 | Channelwise],
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
             "quantization_status": "compressed",
-            "config_groups": _groups(checkpoint, quantized),
+            "config_groups": _groups(checkpoint, quantized, activations),
             "ignore": _ignored(checkpoint, quantized),
-            "kv_cache_scheme": None,
+            "kv_cache_scheme": SCHEME if activations.has_cache else None,
         }
     return config
 
 
-def _groups(checkpoint: Checkpoint, quantized: Mapping[str, Int4 | Channelwise]) -> dict[str, Any]:
-    """One of each kind of weights; where there are several, each names its modules."""
-    kinds: dict[str, list[str]] = {}
+def _groups(
+    checkpoint: Checkpoint, quantized: Mapping[str, Int4 | Channelwise], activations: _Activations
+) -> dict[str, Any]:
+    """One of each kind of weights and activations; where there are several, each names its modules."""
+    kinds: dict[tuple[str, bool, bool], list[str]] = {}
     for name, grid in quantized.items():
         matrices = matrices_of(name, range(checkpoint.specs[name].shape[0]))
-        kinds.setdefault(grid.name, []).extend(matrix.removesuffix(".weight") for matrix in matrices)
+        kind = (grid.name, *activations.kinds(name))
+        kinds.setdefault(kind, []).extend(matrix.removesuffix(".weight") for matrix in matrices)
     found = {}
-    for i, (kind, modules) in enumerate(kinds.items()):
-        one = grids.get(kind)
+    for i, ((weights_on, inputs, outputs), modules) in enumerate(kinds.items()):
+        one = grids.get(weights_on)
         bits = one.bits if isinstance(one, Channelwise) else None
         weights = {
             "num_bits": bits or 4, "type": "int", "symmetric": True, "strategy": "channel" if bits else "group",
@@ -129,8 +172,8 @@ def _groups(checkpoint: Checkpoint, quantized: Mapping[str, Int4 | Channelwise])
         }  # fmt: skip
         targets = ["Linear"] if len(kinds) == 1 else modules
         found[f"group_{i}"] = {
-            "targets": targets, "weights": weights, "input_activations": None, "output_activations": None,
-            "format": "pack-quantized",
+            "targets": targets, "weights": weights, "format": "pack-quantized",
+            "input_activations": SCHEME if inputs else None, "output_activations": SCHEME if outputs else None,
         }  # fmt: skip
     return found
 
@@ -143,8 +186,9 @@ def _ignored(checkpoint: Checkpoint, quantized: Mapping[str, Int4 | Channelwise]
     return sorted({*modules} if "lm_head.weight" in quantized else {"lm_head", *modules})
 
 
-def _names(spec: TensorSpec) -> tuple[str, ...]:
-    return tuple(part for matrix in matrices_of(spec.name, range(spec.shape[0])) for part in stored_parts(matrix))
+def _names(spec: TensorSpec, activations: _Activations) -> tuple[str, ...]:
+    parts = (part for matrix in matrices_of(spec.name, range(spec.shape[0])) for part in stored_parts(matrix))
+    return (*parts, *activations.names(spec.name))
 
 
 def _of_rows(

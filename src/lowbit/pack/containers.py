@@ -2,7 +2,8 @@
 
 A container file defines ``RECIPE`` (the name of the recipe that it packs by if none is asked for), ``holds(grid_name)``
 and ``write(checkpoint, types, out, *, file_type, naive, threads, guide, check)``; see gguf_container. Where a file says
-how long the caches are, ``write`` takes ``context`` too.
+how long the caches are, ``write`` takes ``context`` too. Where it holds the scales of static activations, it defines
+``STATIC_ACTIVATIONS``.
 """
 
 from __future__ import annotations
