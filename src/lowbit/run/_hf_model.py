@@ -10,6 +10,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import nn
+from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lowbit import grid as grids
@@ -40,11 +41,10 @@ def unfilled(checkpoint: Checkpoint, *, on_meta: bool = False) -> Any:
     """
     config = CONFIG_MAPPING[checkpoint.config["model_type"]](**checkpoint.config)
     config._attn_implementation = "sdpa"
-    place = init_empty_weights(include_buffers=False) if on_meta else contextlib.nullcontext()
+    place = init_empty_weights(include_buffers=False) if on_meta else no_init_weights()
     with quiet_transformers(), place:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    if on_meta:
-        model.tie_weights()  # each parameter was replaced by one of its own
+    model.tie_weights()  # which is otherwise done where weights are drawn
     differing = sorted(set(weights(model, checkpoint)) ^ set(checkpoint.names))
     if differing:
         found = f"{type(model).__name__} and the checkpoint disagree on it"

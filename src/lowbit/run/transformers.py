@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,6 +24,7 @@ from lowbit.checkpoint.model import read_json
 from lowbit.errors import BadConfig, BadFile, BadOption, LowbitError, NotFound, RuntimeFailed, Unsupported
 from lowbit.run import _looks
 from lowbit.run._hf_tokenizer import HfTokenized, load_tokenizer
+from lowbit.run._llama_vocab import LlamaVocab
 from lowbit.run.base import Suits, check_sizes, first_line
 from lowbit.threads import available_cores, wait_passively
 from lowbit.units import MIB
@@ -199,7 +201,10 @@ class Transformers(HfTokenized):
     def _load_tokenizer(self) -> Any:
         if self.path.is_dir():
             return load_tokenizer(self.path)
-        return load_tokenizer(self.path.parent, gguf_file=self.path.name)
+        try:
+            return _GgufTokenizer(self.path)
+        except LowbitError:  # a vocabulary that llama.cpp does not know
+            return load_tokenizer(self.path.parent, gguf_file=self.path.name)
 
     def _check_open(self) -> None:
         if self._model is None:
@@ -208,6 +213,26 @@ class Transformers(HfTokenized):
     def _fitting(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         self._check_open()
         return super()._fitting(tokens)
+
+
+class _GgufTokenizer:
+    """A GGUF's tokens as llama.cpp cuts them, asked as transformers' tokenizers are, whose own reading of a GGUF takes
+    seconds."""
+
+    def __init__(self, path: Path) -> None:
+        self._vocab = LlamaVocab(path)
+        self.bos_token_id, self.eos_token_id = self._vocab.bos, self._vocab.eos
+        self.chat_template = self._vocab.chat_template
+
+    def __call__(self, text: str, *, add_special_tokens: bool, split_special_tokens: bool, **_: Any) -> SimpleNamespace:
+        ids = self._vocab.tokenize(text, add_special=add_special_tokens, parse_special=not split_special_tokens)
+        return SimpleNamespace(input_ids=ids)
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool, **_: Any) -> str:
+        return self._vocab.detokenize(ids, special=not skip_special_tokens)
+
+    def get_chat_template(self) -> str | None:
+        return self.chat_template
 
 
 def _library() -> Any:
