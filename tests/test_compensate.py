@@ -9,7 +9,7 @@ import pytest
 
 from lowbit import ggml
 from lowbit import grid as grids
-from lowbit.compensate import Moments, can_compensate, compensate, loss, moments_of
+from lowbit.compensate import Moments, can_compensate, compensate, compensate_together, loss, moments_of
 
 KNOWN = [name for name in grids.names() if can_compensate(grids.get(name))]
 
@@ -63,6 +63,35 @@ def test_rows_do_not_depend_on_each_other() -> None:
     grid, w, moments = grids.get("q4_0"), weights(9, 128), moments_of(inputs(128))
     whole = grid.pack(compensate(w, moments, grid))
     assert (grid.pack(compensate(w[4:], moments, grid)) == whole[4:]).mean() > 0.999  # sums in another order
+
+
+def kld(slopes: np.ndarray, errors: np.ndarray, moments: Moments) -> float:
+    """tr(G E H E^T)"""
+    return float(np.einsum("ij,ij->", slopes @ errors, errors @ moments.values, dtype=np.float64))
+
+
+@pytest.mark.parametrize("name", ["q4_0", "q4_k"])
+@pytest.mark.parametrize("rows", [7, 160, 256])
+def test_rows_that_are_told_of_each_others_errors_cause_less_together(name: str, rows: int) -> None:
+    grid, w, moments, slopes = grids.get(name), weights(rows, 256), moments_of(inputs(256)), inputs(rows, seed=5)
+    alone = w - grid.dequantize(compensate(w, moments, grid))
+    blocks = compensate_together(w, moments, slopes, grid)
+    together = w - grid.dequantize(blocks)
+    assert grid.pack(blocks).shape == (rows, 256 // grid.block_size * grid.block_bytes)
+    if rows <= 64:  # one group, of which nobody waits for another
+        assert np.array_equal(alone, together)
+        return
+    assert kld(slopes, together, moments) < 0.8 * kld(slopes, alone, moments)
+    assert kld(np.eye(rows, dtype=np.float32), together, moments) > kld(np.eye(rows), alone, moments)  # what it costs
+
+
+def test_rows_whose_slopes_are_apart_are_rounded_alone() -> None:
+    grid, w, moments = grids.get("q4_0"), weights(160, 128), moments_of(inputs(128))
+    slopes = np.diag(np.random.default_rng(0).random(160).astype(np.float32))
+    alone, together = compensate(w, moments, grid), compensate_together(w, moments, slopes, grid)
+    assert (grid.pack(alone) == grid.pack(together)).mean() > 0.999  # sums in another order
+    nothing = compensate_together(w, moments, np.zeros((160, 160), np.float32), grid)
+    assert (grid.pack(alone) == grid.pack(nothing)).mean() > 0.999
 
 
 def test_no_single_step_is_better() -> None:

@@ -6,12 +6,17 @@ with H = V V^T and V upper triangular the loss is |e V|^2, and its part j depend
 of a format has one scale, so scales are tried and each is rounded to the end of the block before the best is kept.
 Sweeps over the blocks follow: each is rounded again, all others as they are, until little is gained.
 
+Rows too can be told of each other's errors. The KLD that all of them cause is, to second order, half of tr(G E H E^T),
+G the second moments of the loss's gradients at the matrix's outputs (Kronecker factors of the Fisher information,
+Martens and Grosse 2015; for rounding Tseng et al. 2025, YAQA). With G = C C^T and C lower triangular, groups of rows
+are rounded from the last to the first, each towards its weights plus what the errors of those after it pull it by.
+
 Inside, arrays are (..., columns of a block, rows), so that numpy works on many rows with one instruction.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -20,6 +25,8 @@ from lowbit.grid.base import Blocks, Grid
 
 DAMPING = 0.01  # of the mean diagonal, added to the diagonal: directions that few tokens had are not free
 SWEEPS = 2
+SLOPE_DAMPING = 0.05  # of G likewise
+_TOGETHER = 64  # rows that do not wait for each other, spread over the matrix: neighbours are the most alike
 _WIDTH = 32  # columns rounded together where the format's groups are not
 # Where the extreme weight of a block may land, in parts of the lowest code; beyond 1 it is clipped on one side.
 _REACHES = (0.75, 0.8125, 0.875, 0.9375, 1.0, 1.0625)
@@ -60,6 +67,31 @@ def compensate(values: np.ndarray, moments: Moments, grid: Grid, *, sweeps: int 
     for _ in range(sweeps):
         work.sweep()
     return work.blocks()
+
+
+def compensate_together(
+    values: np.ndarray, moments: Moments, slopes: np.ndarray, grid: Grid, *, sweeps: int = SWEEPS
+) -> Blocks:
+    """The same of a whole matrix whose rows depend on each other.
+
+    slopes: (rows, rows) float32, finite and symmetric: the second moments of the gradients at its outputs, in any unit.
+    """
+    rows = len(values)
+    damped = slopes.astype(np.float64)
+    damped.flat[:: rows + 1] += max(SLOPE_DAMPING * float(damped.diagonal().mean()), 1e-30)
+    groups = max(1, rows // _TOGETHER)
+    order = np.concatenate([np.arange(i, rows, groups) for i in range(groups)])
+    lower = np.linalg.cholesky(damped[np.ix_(order, order)])
+    ordered, errors = values[order], np.zeros(values.shape, np.float32)
+    found: list[Blocks] = []
+    for start in reversed(range(0, rows, _TOGETHER)):
+        part, after = slice(start, start + _TOGETHER), slice(start + _TOGETHER, rows)
+        share = np.linalg.solve(lower[part, part].T, lower[after, part].T).astype(np.float32)
+        found.insert(0, compensate(ordered[part] + share @ errors[after], moments, grid, sweeps=sweeps))
+        errors[part] = ordered[part] - grid.dequantize(found[0])
+    back = np.argsort(order)
+    whole = {field.name: [getattr(blocks, field.name) for blocks in found] for field in fields(Blocks)}
+    return Blocks(**{name: None if parts[0] is None else np.concatenate(parts)[back] for name, parts in whole.items()})
 
 
 def loss(values: np.ndarray, rounded: np.ndarray, moments: Moments) -> np.ndarray:

@@ -78,18 +78,21 @@ def test_moments_are_the_fisher_information(source: Path, text: Path, tmp_path: 
     logits = model(row).logits[0]
     p = torch.softmax(logits.detach(), -1)
     exact = torch.zeros(6)
-    outputs = torch.zeros(module.out_features)
+    slopes = torch.zeros(module.out_features, module.out_features)
     for position in range(6):
         for label in range(logits.shape[1]):
             loss = -torch.log_softmax(logits[position], -1)[label]
             gradient = torch.autograd.grad(loss, seen["y"], retain_graph=True)[0][0]
             exact += p[position, label] * gradient.square().mean(-1)
-            outputs += p[position, label] * gradient.square().sum(0)
+            slopes += p[position, label] * gradient.T @ gradient
     expected = (seen["x"].T * exact) @ seen["x"] / 6
     found = np.mean([draw[f"{name}.inputs"] for draw in draws], axis=0)
     assert np.linalg.norm(found - expected.numpy()) < 0.12 * np.linalg.norm(expected.numpy())
-    found = np.mean([draw[f"{name}.outputs"] for draw in draws], axis=0)
-    assert np.linalg.norm(found - outputs.numpy() / 6) < 0.12 * np.linalg.norm(outputs.numpy() / 6)
+    # Of 900 draws 96 x 96 numbers are known less well than 96.
+    for part, expected, near in (("slopes", slopes / 6, 0.3), ("outputs", slopes.diagonal() / 6, 0.12)):
+        found = np.mean([draw[f"{name}.{part}"] for draw in draws], axis=0)
+        assert np.linalg.norm(found - expected.numpy()) < near * np.linalg.norm(expected.numpy())
+        assert part == "outputs" or (slopes - slopes.diagonal().diag()).norm() > 0.6 * slopes.norm()
 
 
 def test_a_budget_of_minutes_stops_early(source: Path, text: Path, tmp_path: Path) -> None:
@@ -129,6 +132,26 @@ def test_packing_by_it_is_closer_to_the_source(
         assert packed.types["model.layers.0.mlp.up_proj.weight"] == "q4_0"
         divergence[label] = kld(source, path, unseen)
     assert divergence["ours"] < 0.8 * divergence["naive"]
+
+
+def test_rows_of_a_file_are_told_of_each_others_errors(
+    save_tiny_llama: Callable[..., object], text: Path, tmp_path: Path
+) -> None:
+    """Also where GGUF has rows in another order: what they cause together is less than without their slopes."""
+    folder, full, less = tmp_path / "model", tmp_path / "full", tmp_path / "less"
+    save_tiny_llama(folder, hidden_size=128, head_dim=64, num_attention_heads=4, num_hidden_layers=1)
+    lowbit.calibrate(folder, full, text=str(text), sequences=24, sequence_length=64, precision="float32")
+    moments = load_file(full)
+    save_file({name: values for name, values in moments.items() if not name.endswith(".slopes")}, less)
+    names = ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.gate_proj.weight")
+    caused = []
+    for path in (full, less):
+        lowbit.pack(folder, "q4_0", path.with_suffix(".gguf"), calibration=path, certificate=True)
+        with open_checkpoint(folder) as source, open_checkpoint(path.with_suffix(".gguf")) as packed:
+            errors = {name: source.read(name) - packed.read(name) for name in names}
+        sums = [np.vdot(moments[f"{n}.slopes"] @ e, e @ moments[f"{n}.inputs"]) for n, e in errors.items()]
+        caused.append(np.array(sums))
+    assert (caused[0] < np.array([0.5, 0.95]) * caused[1]).all(), caused
 
 
 def test_a_mix_keeps_its_budget_and_beats_one_type(
@@ -217,7 +240,7 @@ def test_killed_it_goes_on_and_ends_with_the_same_file(
     source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
     """SIGKILL in a real process after so many sequences of three passes; the next takes up what was saved."""
-    monkeypatch.setattr(importance, "_PASS_BYTES", 400_000)
+    monkeypatch.setattr(importance, "_PASS_BYTES", 1_000_000)
     monkeypatch.setattr(importance, "_SAVE_EVERY", 0.0)
     monkeypatch.setattr(importance, "_SAVING", 0)
     options = {"text": str(text), "sequences": 6, "sequence_length": 48, "precision": "float32", "threads": 1}

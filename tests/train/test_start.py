@@ -62,7 +62,7 @@ def test_the_codes_are_those_of_the_compensation(source: Path, moments: Path) ->
         original = model.get_parameter(name).detach()
         second = compensation.moments_of(stored[f"{name}.inputs"].numpy())
         with threadpool_limits(1, "blas"):  # as there: BLAS adds up otherwise in several threads
-            blocks = compensation.compensate(original.numpy(), second, Q4_0)
+            blocks = compensation.compensate_together(original.numpy(), second, stored[f"{name}.slopes"].numpy(), Q4_0)
         assert torch.equal(frame.scales, torch.from_numpy(blocks.scales)), name
         got = Q4_0.encode(weight, frame.scales)
         assert torch.equal(got.codes, torch.from_numpy(blocks.codes)), name
@@ -132,7 +132,7 @@ def test_the_codes_of_every_format_are_kept(name: str) -> None:
     x = torch.randn(300, 512, generator=generator) @ torch.randn(512, 512, generator=generator)
     second = x.T @ x / 300
     blocks = compensation.compensate(weight.numpy(), compensation.moments_of(second.numpy()), grid)
-    start_weight, frame = start._blockwise(weight, second, grid, compensation.SWEEPS)
+    start_weight, frame = start._blockwise(weight, second, None, grid, compensation.SWEEPS)
     values = grid.dequantize(grid.encode_on(start_weight, frame))
     assert torch.equal(values, torch.from_numpy(grid.dequantize(blocks)))
 

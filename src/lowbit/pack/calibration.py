@@ -2,8 +2,10 @@
 
 A safetensors file. Of every linear layer NAME.inputs, (n, n) float32: the second moments of its inputs, each token
 weighted by the mean square of the loss's gradient at its outputs; NAME.outputs, (rows,): that mean square output by
-output. Of the output head the inputs' unweighted moments, and the mean of p (1 - p) of each token of the vocabulary; of
-the embedding .lookups, (rows,), how often a row is looked up, and .gradients, (n,). Made by lowbit.train.importance.
+output; where there are at most 2,048 rows NAME.slopes, (rows, rows): the second moments of that gradient, by which rows
+are told of each other's errors. Of the output head the inputs' unweighted moments, and the mean of p (1 - p) of each
+token of the vocabulary; of the embedding .lookups, (rows,), how often a row is looked up, and .gradients, (n,). Made by
+lowbit.train.importance.
 
 A layer's experts are one weight (experts, rows, n) and have .inputs (experts, n, n) and .outputs (experts, rows) of the
 tokens that were routed to each; .tokens (experts,), how many; and .pooled (n, n), all experts' inputs together. An
@@ -24,7 +26,7 @@ from lowbit.checkpoint import Checkpoint
 from lowbit.checkpoint.families.base import TensorSpec
 from lowbit.checkpoint.gguf_file import Field
 from lowbit.checkpoint.safetensors_file import SafetensorsFile
-from lowbit.compensate import Moments, can_compensate, compensate, moments_of
+from lowbit.compensate import Moments, can_compensate, compensate, compensate_together, moments_of
 from lowbit.errors import BadFile, NotFound
 from lowbit.grid.base import Grid
 from lowbit.pack import identify
@@ -81,11 +83,24 @@ class Calibration:
 
     def rows_at_least(self, spec: TensorSpec) -> int:
         # Every call goes through the whole matrix of moments: not for a few rows.
-        return _ROWS if self.has(spec.name) else 0
+        if not self.has(spec.name):
+            return 0
+        return spec.n_rows if f"{spec.name}.slopes" in self._file.entries else _ROWS
 
     def encoder(self, checkpoint: Checkpoint, spec: TensorSpec, grid: Grid, *, naive: bool) -> Encoder | None:
         if naive or grid.max_code == 0 or not self.knows(spec.name) or _on_lattice(checkpoint, spec):
             return None
+
+        if f"{spec.name}.slopes" in self._file.entries and self.has(spec.name) and _is_compensated(grid):
+            lock, whole = threading.Lock(), list[np.ndarray]()
+
+            def encode_all(start: int, stop: int) -> np.ndarray:
+                with lock:
+                    if not whole:
+                        whole.append(self._together(checkpoint, spec, grid))
+                return whole[0][start:stop]
+
+            return encode_all
 
         def encode(start: int, stop: int) -> np.ndarray:
             parts = matrix_slices(spec, n_matrices(spec), start, stop)
@@ -100,12 +115,23 @@ class Calibration:
 
         matrix: which expert's rows they are, where there are experts.
         """
-        if self.has(name) and can_compensate(grid) and grid.bits_per_weight < 8:
+        if self.has(name) and _is_compensated(grid):
             return grid.pack(compensate(values, self.moments(name, matrix), grid))
         if grid.block_size == 1:
             return grid.pack(grid.quantize(values))
         importance = self.importance(name, matrix) if self.knows(name) else None
         return ggml.quantize(values, ggml.type_of(grid), importance)
+
+    def _together(self, checkpoint: Checkpoint, spec: TensorSpec, grid: Grid) -> np.ndarray:
+        """The bytes of a matrix whose rows are told of each other's errors."""
+        slopes, order = self._values(f"{spec.name}.slopes"), spec.gguf_rows()
+        if order is not None:
+            slopes = slopes[np.ix_(order, order)]
+        values = file_rows(checkpoint, spec, 0, spec.n_rows)
+        try:
+            return grid.pack(compensate_together(values, self.moments(spec.name), slopes, grid))
+        except np.linalg.LinAlgError:
+            raise BadFile("not second moments", where=f"{self.path}: {spec.name}.slopes", hint=_HINT) from None
 
     def has(self, name: str) -> bool:
         """Whether a tensor can be rounded by it: a matrix whose inputs were seen, and not the head."""
@@ -195,7 +221,12 @@ def _shapes(spec: TensorSpec) -> dict[str, tuple[int, ...]]:
     *lead, rows, n = spec.shape
     if lead:
         return {"inputs": (*lead, n, n), "outputs": (*lead, rows), "tokens": (*lead,), "pooled": (n, n)}
-    return {"inputs": (n, n), "outputs": (rows,), "lookups": (rows,), "gradients": (n,)}
+    found: dict[str, tuple[int, ...]] = {"inputs": (n, n), "outputs": (rows,), "lookups": (rows,), "gradients": (n,)}
+    return found | ({"slopes": (rows, rows)} if rows <= _MAX_WIDTH else {})
+
+
+def _is_compensated(grid: Grid) -> bool:
+    return can_compensate(grid) and grid.bits_per_weight < 8
 
 
 def n_matrices(spec: TensorSpec) -> int:

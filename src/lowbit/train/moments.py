@@ -23,6 +23,7 @@ from lowbit.train.loss import capped, of_uncapped, softcap
 
 EMBEDDING = "model.embed_tokens.weight"
 _POSITIONS = 128  # whose logits are held at once
+_MOST_ROWS = 2048  # of a matrix whose rows are told of each other: their moments are as many as its weights
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,15 @@ class Site:
         """The parts that are written of it, as ``lowbit.pack.calibration`` has them."""
         *lead, rows, n = self.shape
         found: dict[str, tuple[int, ...]] = {"inputs": (*lead, n, n), "outputs": (*lead, rows)}
-        return found | ({"tokens": (lead[0],), "pooled": (n, n)} if lead else {})
+        if lead:
+            return found | {"tokens": (lead[0],), "pooled": (n, n)}
+        return found | ({"slopes": (rows, rows)} if rows <= _MOST_ROWS else {})
 
     @property
     def n_bytes(self) -> int:
-        """Of its inputs' moments."""
-        return 4 * math.prod(self.shapes()["inputs"])
+        """Of its moments."""
+        shapes = self.shapes()
+        return 4 * sum(math.prod(shapes[part]) for part in ("inputs", "slopes") if part in shapes)
 
 
 def sites(model: Any, checkpoint: Checkpoint) -> list[Site]:
@@ -160,22 +164,33 @@ class Pass:
 
     def _flowed(self, name: str, _: nn.Module, inputs: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
         x = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
-        out.register_hook(functools.partial(self._weigh, self.sums[f"{name}.inputs"], self.sums[f"{name}.outputs"], x))
+        moments, outputs = self.sums[f"{name}.inputs"], self.sums[f"{name}.outputs"]
+        out.register_hook(functools.partial(self._weigh, moments, outputs, self.sums.get(f"{name}.slopes"), x))
 
     def _expert(self, names: set[str], part: str, expert: int, x: torch.Tensor, out: torch.Tensor) -> None:
         for name in names:
             if name.endswith(f".{part}"):
                 inputs, outputs = (self.sums[f"{name}.{kind}"][expert] for kind in ("inputs", "outputs"))
-                out.register_hook(functools.partial(self._weigh, inputs, outputs, x.detach()))
+                out.register_hook(functools.partial(self._weigh, inputs, outputs, None, x.detach()))
                 self.sums[f"{name}.tokens"][expert] += len(x)
 
-    def _weigh(self, inputs: torch.Tensor, outputs: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor) -> None:
+    def _weigh(
+        self,
+        inputs: torch.Tensor,
+        outputs: torch.Tensor,
+        slopes: torch.Tensor | None,
+        x: torch.Tensor,
+        gradient: torch.Tensor,
+    ) -> None:
         """Adds tokens to a matrix's sums: x (tokens, n), and the gradient at what they became."""
-        squares = gradient.detach().reshape(-1, gradient.shape[-1]).float().square()
+        gradient = gradient.detach().reshape(-1, gradient.shape[-1]).float()
+        squares = gradient.square()
         outputs += squares.sum(0).cpu()
         weighted = x.float() * squares.mean(-1, keepdim=True).sqrt()
         with torch.autocast(self.device.type, enabled=False):
             inputs.addmm_(weighted.T.cpu(), weighted.cpu())
+            if slopes is not None:
+                slopes.addmm_(gradient.T.cpu(), gradient.cpu())
 
     def results(self, *, last: bool) -> Iterator[tuple[str, np.ndarray]]:
         """Names and float32 values to write, once: means over the tokens, of the head and the embedding in the ``last``

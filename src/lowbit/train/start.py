@@ -2,7 +2,8 @@
 
 ``importance`` collects the second moments of each matrix's inputs, every token weighted by the gradient of the loss,
 and ``lowbit.compensate`` rounds under them, as ``lowbit pack --calibration`` does: to second order what is made small
-is the KLD itself. What that leaves out, how the errors of different matrices add up, is for distillation.
+is the KLD itself, with the rows of a matrix told of each other's errors where the file says how. What that leaves out,
+how the errors of different matrices add up, is for distillation.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import safetensors
 import torch
 from threadpoolctl import threadpool_limits
 
-from lowbit.compensate import DAMPING, SWEEPS, can_compensate, compensate, moments_of
+from lowbit.compensate import DAMPING, SWEEPS, can_compensate, compensate, compensate_together, moments_of
 from lowbit.grid.base import Blocks, Grid
 from lowbit.threads import in_order
 from lowbit.train import frame_search, frames
@@ -66,7 +67,9 @@ def rounded(
                 return name, weight, tuple(each)
             second = stored.get_tensor(f"{name}.inputs")
             if is_blockwise(grid):
-                weight, frame = _blockwise(weight, second, grid, SWEEPS if in_time(begun[name] / total) else 0)
+                slopes = stored.get_tensor(f"{name}.slopes").numpy() if f"{name}.slopes" in known else None
+                sweeps = SWEEPS if in_time(begun[name] / total) else 0
+                weight, frame = _blockwise(weight, second, slopes, grid, sweeps)
             else:
                 frame, weight = frame_search.compensated(weight, second, grid, DAMPING)
             return name, weight, (frame,)
@@ -81,12 +84,17 @@ def is_blockwise(grid: Grid) -> bool:
     return is_scaled or can_compensate(grid)
 
 
-def _blockwise(weight: torch.Tensor, second: torch.Tensor, grid: Grid, sweeps: int) -> tuple[torch.Tensor, Blocks]:
+def _blockwise(
+    weight: torch.Tensor, second: torch.Tensor, slopes: np.ndarray | None, grid: Grid, sweeps: int
+) -> tuple[torch.Tensor, Blocks]:
     values, moments = weight.numpy(), moments_of(second.numpy())
-    rows = [np.ascontiguousarray(values[at : at + _ROWS]) for at in range(0, len(values), _ROWS)]
-    parts = [vars(compensate(part, moments, grid, sweeps=sweeps)) for part in rows]
-    whole = {key: None if v is None else np.concatenate([part[key] for part in parts]) for key, v in parts[0].items()}
-    blocks = frames.of_arrays(Blocks(**whole), weight.device)
+    if slopes is not None:
+        found = compensate_together(values, moments, slopes, grid, sweeps=sweeps)
+    else:
+        rows = [np.ascontiguousarray(values[at : at + _ROWS]) for at in range(0, len(values), _ROWS)]
+        parts = [vars(compensate(part, moments, grid, sweeps=sweeps)) for part in rows]
+        found = Blocks(**{k: None if v is None else np.concatenate([p[k] for p in parts]) for k, v in parts[0].items()})
+    blocks = frames.of_arrays(found, weight.device)
     return _in_cells(weight, blocks, grid), frames.without_codes(blocks)
 
 
