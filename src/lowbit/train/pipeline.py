@@ -37,6 +37,8 @@ from lowbit.train.moments import EMBEDDING
 from lowbit.train.options import TrainOptions
 from lowbit.train.record import describe
 from lowbit.train.reference import Ask, Kept, OwnReference, ReferenceCache
+from lowbit.train.reference_file import ReferenceFile
+from lowbit.train.reference_server import RemoteReference
 from lowbit.train.start import rounded
 from lowbit.train.storage import save_tensors
 from lowbit.train.trainable import choose_parameters
@@ -165,7 +167,9 @@ class Run:
         self.saved_like = checkpoint
         self.recipes = recipes.several(options.recipe)
         self.kv = quantizer_of(checkpoint, options.kv, options.kv_share) if options.kv else None
-        self.elsewhere: Elsewhere | None = None  # the reference, where it is not the model before it is trained
+        # The reference, where it is not the model before it is trained: one of the two.
+        self.reference_file: ReferenceFile | None = None
+        self.reference_process: RemoteReference | None = None
 
     def left(self, start: float) -> float:
         """Seconds of the budget left, ``start`` being when the stage now running began."""
@@ -180,8 +184,9 @@ class Run:
             facts = self.ledger.facts
             asked = self.options.reference_file is None and self.ledger.done("reference")
             if self.options.reference is not None and not asked:
-                self.elsewhere = Elsewhere.found(self.checkpoint, self.options, self.tokenizer, self.world)
-                facts["reference"] = self.elsewhere.described
+                elsewhere = Elsewhere.found(self.checkpoint, self.options, self.tokenizer, self.world)
+                self.reference_file, self.reference_process = elsewhere.file, elsewhere.process
+                facts["reference"] = elsewhere.described
             if "dtype" not in facts:
                 width = self.checkpoint.config["hidden_size"]
                 chosen = self.world.first(lambda: precision.choose(self.options.precision, self.device, width))
@@ -219,10 +224,10 @@ class Run:
     def gather(self) -> None:
         """Token sequences: the user's data, or the model's own writing filled up with the bundled text."""
         path = self.work / "sequences.npy"
-        if self.elsewhere is not None and self.elsewhere.file is not None:
-            self.sequences = self.elsewhere.file.sequences
+        if self.reference_file is not None:
+            self.sequences = self.reference_file.sequences
             with self.ledger.stage("data"):
-                self.ledger.facts["data"] = self.elsewhere.file.header.facts
+                self.ledger.facts["data"] = self.reference_file.header.facts
             return
         if self.ledger.done("data"):
             self.sequences = np.load(path)
@@ -320,7 +325,7 @@ class Run:
 
     def calibrate(self) -> None:
         """The start: scales, and weights that round to the start's codes; also written as a checkpoint of its own."""
-        if self.elsewhere is None or self.elsewhere.file is None:
+        if self.reference_file is None:
             self.cache = self._open_cache(len(self.sequences))
         path = self.work / "start.safetensors"
         if not self.ledger.done("calibrate"):
@@ -344,8 +349,8 @@ class Run:
 
     def _ask(self) -> Ask:
         """Who says what the reference says."""
-        if self.elsewhere is not None and self.elsewhere.process is not None:
-            return self.elsewhere.process
+        if self.reference_process is not None:
+            return self.reference_process
         return OwnReference(self.model, self.dtype, self.cache.form, self.reference_head)
 
     def _keep_start(self, found: dict[str, torch.Tensor]) -> None:
@@ -371,9 +376,9 @@ class Run:
 
     def ask_reference(self) -> None:
         """What the reference says of the sequences that there is still time for, rounding having taken its own."""
-        if self.elsewhere is not None and self.elsewhere.file is not None:
+        if self.reference_file is not None:
             with self.ledger.stage("reference"):
-                self.kept: Kept = self.elsewhere.file
+                self.kept: Kept = self.reference_file
             return
         if not self.ledger.done("reference"):
             begin = time.monotonic()
@@ -465,6 +470,8 @@ class Run:
             hint = "Start again in another --out with a smaller --learning-rate"
             raise BadOption("the training has diverged", where=self.out, found="NaN or Inf", hint=hint)
         if is_worse:
+            console.log("Distillation does not help with unseen text: the start is kept")
+            self.ledger.facts["kept"] = "start"
             self.world.first(lambda: shutil.copytree(self.work / "start", self.out, dirs_exist_ok=True))
         else:
             self._save(self.out, self.saved_like, self.options.trained_for)
@@ -475,14 +482,9 @@ class Run:
         self.ledger.save()
 
     def _is_worse(self, before: float | None, after: float | None) -> bool:
-        """Whether distillation is thrown away: a few steps are noise, which a start this good can only lose by."""
-        if before is None or after is None or not after > before:
-            return False
-        console.log(
-            f"Distillation does not help with unseen text (KLD {before:.4f}, then {after:.4f}): the start is kept"
-        )
-        self.ledger.facts["kept"] = "start"
-        return True
+        """Whether distillation is thrown away, by the KLD on unseen text: a few steps are noise, and a good start only
+        loses by them."""
+        return before is not None and after is not None and after > before
 
     def _trainer(self, seconds: float, spent: float) -> DistillationTrainer:
         return DistillationTrainer(self.model, schedule=Schedule(self.options, seconds, spent), **self._for_trainer())
