@@ -9,7 +9,7 @@ AutoRound's gguf:q4_0 export (``--iters`` iterations a block; choose them so tha
 int4 quantization-aware training for as long as lowbit took, its weights converted by llama-quantize's rule. Each file
 is measured in llama.cpp against the unquantized one on every text. What is in DIR already is not made again.
 
-    python -m venv AR && AR/bin/pip install auto-round==0.16.1 torch==2.13.0
+    python -m venv AR && AR/bin/pip install auto-round==0.16.1 torch==2.13.0 gguf
     python -m venv AO && AO/bin/pip install torchao==0.18.0 torch==2.13.0 transformers==5.23.0
 """
 

@@ -1,6 +1,6 @@
 """How fast lowbit measure's fidelity pass is against llama-perplexity, whole commands in pairs.
 
-    python benchmarks/measure_speed.py --llama-perplexity PATH [--pairs N] [--models NAME ...] [--chunks N] ...
+    python benchmarks/measure_speed.py --llama-perplexity PATH [--only both|kept] [--pairs N] [--models NAME ...] ...
 
 Of each model an F16 GGUF is the reference and a Q4_0 the artifact; both sides decode the same chunks on the same number
 of threads (llama-perplexity compares rows on all cores, whatever -t says).
@@ -38,6 +38,7 @@ def main() -> int:
     )
     llama_perplexity.add_arguments(parser)
     parser.add_argument("--pairs", metavar="N", type=int, default=5)
+    parser.add_argument("--only", choices=("both", "kept"), help="both files, or the reference kept (default: each)")
     args = parser.parse_args()
     llama_perplexity.check(parser, args)
     console.set_quiet(True)
@@ -74,12 +75,13 @@ def compare(model: str, folder: Path, scratch: Path, args: argparse.Namespace) -
         one, other = save(), divergence()
         return Run("", one.wall + other.wall, one.cpu + other.cpu)
 
-    both()  # fills the page cache
-    lowbit("--against", reference, "--reference-cache", cache)
-    kinds: list[tuple[str, int, Callable[[], Run], Callable[[], Run]]] = [
-        ("both files", 2, both, lambda: lowbit("--against", reference, *where)),
-        ("reference kept", 1, divergence, lambda: lowbit("--reference-cache", cache)),
-    ]
+    save()  # fills the page cache, and the kept reference's file
+    kinds: list[tuple[str, int, Callable[[], Run], Callable[[], Run]]] = []
+    if args.only != "kept":
+        kinds.append(("both files", 2, both, lambda: lowbit("--against", reference, *where)))
+    if args.only != "both":
+        lowbit("--against", reference, "--reference-cache", cache)
+        kinds.append(("reference kept", 1, divergence, lambda: lowbit("--reference-cache", cache)))
     for name, files, theirs, ours in kinds:
         seconds = np.empty((args.pairs, 2, 2))  # (pairs, side, wall and CPU)
         for pair in range(args.pairs):

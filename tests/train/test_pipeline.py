@@ -20,6 +20,7 @@ from texts_to_train_on import sentences
 import lowbit
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import BadFile, BadOption
+from lowbit.run._hf_model import load
 from lowbit.train import TrainOptions, data, importance, ledger, loop, pipeline
 from lowbit.train.ledger import Ledger
 
@@ -168,6 +169,41 @@ def test_a_start_that_training_would_spoil_is_kept(tiny_llama: Callable[..., Pat
     for path in done.start.iterdir():
         assert (done.path / path.name).read_bytes() == path.read_bytes()
     assert done.record["phases"][-1]["detail"] == "12 steps, no help with unseen text: the start was kept"
+
+
+def test_a_budget_for_a_few_steps_goes_to_the_start(
+    tiny_llama: Callable[..., Path], prose: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference is not asked for what nobody will be trained on; what comes out is the start, also when the command
+    is given again."""
+    monkeypatch.setattr(pipeline.Run, "_affordable", lambda *_: 2 * pipeline._FEWEST_STEPS - 1)
+    asked: list[int] = []
+    monkeypatch.setattr(pipeline.Run, "_ask", lambda self: asked.append(1))
+    options = TrainOptions(data=prose, **FEW | {"steps": None, "minutes": 0.3, "batch_size": 2})
+    folder = tiny_llama()
+    done = lowbit.train(folder, tmp_path / "out", options=options)
+    assert not done.record["curve"] and sum(asked) <= 1
+    assert done.record["phases"][-1]["detail"] == "0 steps, too little time: the start was kept"
+    for path in done.start.iterdir():
+        assert (done.path / path.name).read_bytes() == path.read_bytes()
+    again = lowbit.train(folder, tmp_path / "out", options=options)
+    assert again.record == done.record
+
+
+def test_where_distillation_gains_more_it_has_the_time(tiny_llama: Callable[..., Path]) -> None:
+    def starts_well(**changes: Any) -> bool:
+        run = object.__new__(pipeline.Run)
+        run.options = TrainOptions(**changes)
+        run.kv = "quantized" if run.options.kv else None  # type: ignore[assignment]
+        run.recipes, run.checkpoint = lowbit.recipe.several(run.options.recipe), checkpoint
+        run.model = load(checkpoint)
+        return run._starts_well()
+
+    with open_checkpoint(tiny_llama()) as checkpoint:
+        assert starts_well() and starts_well(recipe="int4_g32") and starts_well(recipe="mobile_w4")
+        assert not starts_well(start="nearest") and not starts_well(kv="q4_0")
+        assert not starts_well(recipe="mobile_mlp2") and not starts_well(recipe="q4_0,mlx_affine4")
+        assert not starts_well(activations="runtime")
 
 
 def test_a_killed_calibration_goes_on(

@@ -126,6 +126,9 @@ class _DrafterRun(Run):
             parameter.requires_grad_(id(parameter) not in ends)
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
+    def _starts_well(self) -> bool:
+        return False
+
     def _is_worse(self, before: float | None, after: float | None) -> bool:
         return False  # there is no start to go back to
 

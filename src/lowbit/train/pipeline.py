@@ -45,9 +45,11 @@ from lowbit.train.trainable import choose_parameters
 from lowbit.train.world import ALONE, World, join, leave, together
 
 _SAMPLING_SHARE = 0.08  # of the budget, where nothing else is asked for
-_COLLECTING_SHARE = 0.35  # of the time left when it begins
+# Of the time left when they begin; the second where the start is nearly all that a short training gains.
+_COLLECTING_SHARE = (0.35, 0.6)
+_ROUNDING_SHARE = (0.3, 0.9)
 _CALIBRATION_SEQUENCES = 96
-_ROUNDING_SHARE = 0.3  # likewise
+_FEWEST_STEPS = 16  # of distillation that may gain on such a start; fewer are noise (dev/LOG.md)
 _ROUNDING_SLACK = 0.1  # of its time that rounding may be behind before it leaves the sweeps out
 # A training step in forward passes of the body: measured on SmolLM2, 4.1 with the head's three products.
 _BODY_STEP = 3.3
@@ -387,6 +389,8 @@ class Run:
             calibrated = self.ledger.facts.get("calibration_tokens", 0) // self.length
             fewest = min(len(self.sequences), max(_FEWEST_SEQUENCES, calibrated + _UNSEEN))
             wanted = max(self.cache.done, fewest, min(len(self.sequences), self._affordable(left)))
+            if not self._distils(left):
+                wanted = 0
             with self.ledger.stage("reference", begin), console.progress("Asking the reference", wanted) as bar:
 
                 def may_go_on(done: int) -> bool:
@@ -396,10 +400,18 @@ class Run:
                     return in_time or self.options.steps is not None or done < fewest
 
                 self.cache.fill(self._ask(), self.sequences, until=wanted, may_go_on=may_go_on, world=self.world)
-                self.ledger.facts["asked"] = self.cache.done
+                self.ledger.facts["asked"] = self.cache.done or fewest
         self.sequences, self.kept = self.sequences[: self.ledger.facts["asked"]], self.cache
         if not self.cache.form.needs_head:
             self.reference_head = None
+
+    def _distils(self, seconds: float) -> bool:
+        """Whether distillation has the time to gain on the start; decided once."""
+        if self.options.steps is not None or not self._starts_well():
+            return True
+        steps = self._affordable(seconds) // (self.options.batch_size * self.options.accumulate)
+        found: bool = self.ledger.facts.setdefault("distils", steps >= _FEWEST_STEPS)
+        return found
 
     def _calibrated(self, start: float) -> dict[str, torch.Tensor]:
         """{"weight:NAME": float32} and the parts of its frame ("scales:NAME", ...) for every matrix that is trained."""
@@ -410,14 +422,15 @@ class Run:
         if not moments.exists():
             n = min(_CALIBRATION_SEQUENCES, len(self.sequences) - _held_out(len(self.sequences)))
             # Written down, so that a killed run goes on with what it has collected.
-            share = facts.setdefault("calibration_minutes", _COLLECTING_SHARE * max(0.0, self.left(start)) / 60)
+            share = _COLLECTING_SHARE[self._starts_well()]
+            minutes = facts.setdefault("calibration_minutes", share * max(0.0, self.left(start)) / 60)
             options = importance.CollectOptions(
-                minutes=share if by_clock else None, precision=facts["dtype"], seed=self.options.seed
+                minutes=minutes if by_clock else None, precision=facts["dtype"], seed=self.options.seed
             )
             facts["calibration_tokens"] = importance.collect_of(
                 self.model, self.checkpoint, self.sequences[:n], moments, options, self.ledger.tick
             )
-        seconds, begin = _ROUNDING_SHARE * self.left(start), time.monotonic()
+        seconds, begin = _ROUNDING_SHARE[self._starts_well()] * self.left(start), time.monotonic()
         found: dict[str, torch.Tensor] = {}
 
         def in_time(done: float) -> bool:
@@ -433,6 +446,15 @@ class Run:
                 bar.update(done)
                 self.ledger.tick()
         return found
+
+    def _starts_well(self) -> bool:
+        """Whether rounding under gradients gains more than distillation in the same time: where it chooses the codes of
+        one recipe of 4 bits or more, and there is nothing of the runtime to train for."""
+        weights_alone = self.kv is None and self.options.activations == "float" and len(self.recipes) == 1
+        if self.options.start != "calibrated" or not weights_alone:
+            return False
+        grids = assignment(self.model, self.recipes[0])
+        return all(grids[name].bits_per_weight >= 4 for name in self._trained())
 
     def chosen(self) -> list[torch.nn.Parameter]:
         """Marks what is trained, and gives it."""
@@ -460,6 +482,9 @@ class Run:
         seconds = self.left(start)
         curve: list[dict[str, Any]] = []
         is_worse = False
+        if not self._distils(seconds):
+            console.log("Too little time is left for distillation to gain on the start, which is kept")
+            trained, is_worse = [], True
         # What was trained before a kill counts, also where loading it again has used up the budget.
         checkpoint = self.world.first(lambda: latest_checkpoint(self.work / "trainer"))
         if trained and (seconds > 0 or self.options.steps or checkpoint is not None):
@@ -469,8 +494,9 @@ class Run:
         if self._diverged(trained):
             hint = "Start again in another --out with a smaller --learning-rate"
             raise BadOption("the training has diverged", where=self.out, found="NaN or Inf", hint=hint)
+            if is_worse:
+                console.log("Distillation does not help with unseen text: the start is kept")
         if is_worse:
-            console.log("Distillation does not help with unseen text: the start is kept")
             self.ledger.facts["kept"] = "start"
             self.world.first(lambda: shutil.copytree(self.work / "start", self.out, dirs_exist_ok=True))
         else:

@@ -26,7 +26,8 @@ def describe(
         tokens = facts.get("calibration_tokens", 0)
         phases.append({"name": "calibrated", "seconds": stages["calibrate"], "tokens": tokens, "detail": detail})
     tokens = rows * options.sequence_length
-    detail = f"{steps} steps" + (", no help with unseen text: the start was kept" if "kept" in facts else "")
+    why = "no help with unseen text" if steps else "too little time"
+    detail = f"{steps} steps" + (f", {why}: the start was kept" if "kept" in facts else "")
     phases.append({"name": "distilled", "seconds": distilled, "tokens": tokens, "detail": detail})
     return {
         "minutes": options.minutes,
