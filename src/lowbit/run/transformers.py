@@ -26,7 +26,7 @@ from lowbit.run import _looks
 from lowbit.run._hf_tokenizer import HfTokenized, load_tokenizer
 from lowbit.run._llama_vocab import LlamaVocab
 from lowbit.run.base import Suits, check_sizes, first_line
-from lowbit.threads import available_cores, wait_passively
+from lowbit.threads import available_cores, keep_freed_memory, wait_passively
 from lowbit.units import MIB
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -237,6 +237,7 @@ class _GgufTokenizer:
 
 def _library() -> Any:
     wait_passively()
+    keep_freed_memory()  # a tenth of a pass would be page faults
     try:
         import torch
         import transformers  # noqa: F401
