@@ -32,6 +32,7 @@ def shown(record: dict[str, Any]) -> view.View:
         (0.40713, 0.39113, 0.42313, ("0.407", "0.391–0.423")),
         (1234.5, 1204.5, 1264.5, ("1,234", "1,204–1,264")),
         (5.0, 5.0, 5.0, ("5.000", "5.000–5.000")),
+        (-15.0, -25.0, -6.0, ("-15", "-25 to -6")),
     ],
 )
 def test_digits_follow_the_interval(value: float, low: float, high: float, expected: tuple[str, str]) -> None:

@@ -17,9 +17,11 @@ from markupsafe import Markup
 from lowbit.report.figures import Figure
 
 WIDE, NARROW = 880, 320
+_LETTER = 8.4  # CSS pixels of a name's letter
+_LETTERS = 32  # of a name, at most
 
-# A series has a shape as well as a colour, so that it can be told without seeing the colour.
-_SHAPES = {
+# A series of an interval plot has a shape as well as a colour, so that it can be told without seeing the colour.
+SERIES = {
     "model": '<circle class="mark s-model" cx="{x}" cy="{y}" r="5"/>',
     "naive": '<rect class="mark s-naive" x="{x0}" y="{y0}" width="9" height="9"/>',
     "calibrated": '<path class="mark s-calibrated" d="M{x} {ya}L{xb} {y}L{x} {yb}L{xa} {y}Z"/>',
@@ -52,7 +54,7 @@ def tick_label(value: float) -> str:
 def interval_plot(rows: Sequence[Row], axis: str, *, width: int = WIDE) -> Markup:
     """Values with their 95% intervals on a common axis from 0, labelled in place."""
     narrow = width < 600
-    left, right, top, row_height = (8, 60, 4, 52) if narrow else (150, 90, 8, 38)
+    left, right, top, row_height = (8, 60, 4, 52) if narrow else (_room([row.label for row in rows]), 90, 8, 38)
     marks = ticks(max(row.figure.high for row in rows), 4 if narrow else 6)
     bottom = top + row_height * len(rows)
     scale = (width - left - right) / marks[-1]
@@ -65,14 +67,24 @@ def interval_plot(rows: Sequence[Row], axis: str, *, width: int = WIDE) -> Marku
     return svg(width, bottom + 48, label, parts)
 
 
+def _room(names: Sequence[str]) -> int:
+    """Where the plot begins that these stand to the left of."""
+    return max(150, 14 + math.ceil(_LETTER * max(len(_shortened(name)) for name in names)))
+
+
+def _shortened(name: str) -> str:
+    """Its beginning and its end, which says the format."""
+    return name if len(name) <= _LETTERS else f"{name[: _LETTERS // 2 - 1]}…{name[-_LETTERS // 2 :]}"
+
+
 def _interval_row(row: Row, left: float, scale: float, y: float, *, label_above: bool) -> Markup:
     figure = row.figure
     low, x, high = (left + max(0.0, v) * scale for v in (figure.low, figure.value, figure.high))
     name = (
-        Markup('<text class="name" x="{}" y="{}">{}</text>').format(left, place(y - 16), row.label)
+        Markup('<text class="name" x="{}" y="{}">{}</text>').format(left, place(y - 16), _shortened(row.label))
         if label_above
         else Markup('<text class="name" text-anchor="end" x="{}" y="{}">{}</text>').format(
-            left - 14, place(y + 5), row.label
+            left - 14, place(y + 5), _shortened(row.label)
         )
     )
     # A line from low to high with a cap at each end, so that a narrow interval still shows beside its mark.
@@ -85,7 +97,7 @@ def _interval_row(row: Row, left: float, scale: float, y: float, *, label_above:
 
 
 def _mark(series: str, x: float, y: float) -> Markup:
-    shape = _SHAPES.get(series, _SHAPES["model"])
+    shape = SERIES.get(series, SERIES["model"])
     return Markup(shape).format(
         x=place(x),
         y=place(y),
@@ -101,7 +113,7 @@ def _mark(series: str, x: float, y: float) -> Markup:
 def bar_plot(rows: Sequence[tuple[str, str, float, str]], axis: str, *, width: int = WIDE) -> Markup:
     """Horizontal bars from 0. Each row: label, series, value, and the value as printed."""
     narrow = width < 600
-    left, right, top, row_height = (8, 92, 4, 50) if narrow else (150, 90, 8, 34)
+    left, right, top, row_height = (8, 92, 4, 50) if narrow else (_room([name for name, *_ in rows]), 90, 8, 34)
     scale = (width - left - right) / (max(value for _, _, value, _ in rows) or 1.0)
     parts = []
     for index, (name, series, value, printed) in enumerate(rows):
@@ -110,7 +122,7 @@ def bar_plot(rows: Sequence[tuple[str, str, float, str]], axis: str, *, width: i
         length = max(1.0, value * scale)
         parts += [
             Markup('<text class="name" text-anchor="{}" x="{}" y="{}">{}</text>').format(
-                anchor, x, place(y_name), name
+                anchor, x, place(y_name), _shortened(name)
             ),
             Markup('<rect class="bar s-{}" x="{}" y="{}" width="{}" height="16" rx="2"/>').format(
                 series, left, place(y - 8), place(length)
@@ -161,11 +173,14 @@ def curve_plot(
     return svg(width, height, "Training loss and KLD against minutes", parts)
 
 
-def end_labels(ends: list[list[Any]]) -> list[Markup]:
-    """Each line's name at its right end, pushed apart if they would touch."""
+def end_labels(ends: list[list[Any]], lowest: float = math.inf) -> list[Markup]:
+    """Each line's name at its right end, pushed apart if they would touch, and none below ``lowest``."""
     ends.sort()
     for above, below in itertools.pairwise(ends):
         below[0] = max(below[0], above[0] + 17)
+    for below in reversed(ends):
+        below[0] = min(below[0], lowest)
+        lowest = below[0] - 17
     return [
         Markup('<text class="name t-{}" x="{}" y="{}">{}</text>').format(series, place(x + 8), place(y + 4), name)
         for y, x, name, series in ends

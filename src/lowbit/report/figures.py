@@ -67,7 +67,8 @@ class Figure:
 
     @property
     def interval(self) -> str:
-        return f"{self.low:,.{self.digits}f}–{self.high:,.{self.digits}f}"
+        between = " to " if self.low < 0 else "–"  # a dash beside a minus is no sign any more
+        return f"{self.low:,.{self.digits}f}{between}{self.high:,.{self.digits}f}"
 
 
 def figure(raw: Any, *, percent: bool = False) -> Figure | None:

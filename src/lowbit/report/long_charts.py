@@ -69,7 +69,7 @@ def line_plot(lines: Sequence[Curve], x_title: str, y_title: str, *, width: int 
             for x, y in places
         ]
         ends.append([places[-1][1], places[-1][0], line.name, series])
-    parts += charts.end_labels(ends)
+    parts += charts.end_labels(ends, bottom - 4)
     said = "; ".join(f"{line.name}: {line.points[-1][1].short} at {line.points[-1][0]:,.0f}" for line in lines)
     return charts.svg(width, _HEIGHT, f"{y_title} against {x_title}. {said}", parts)
 
