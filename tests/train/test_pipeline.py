@@ -190,20 +190,29 @@ def test_a_budget_for_a_few_steps_goes_to_the_start(
     assert again.record == done.record
 
 
-def test_where_distillation_gains_more_it_has_the_time(tiny_llama: Callable[..., Path]) -> None:
-    def starts_well(**changes: Any) -> bool:
+def test_where_distillation_gains_more_it_has_the_time(
+    tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_of(**changes: Any) -> pipeline.Run:
         run = object.__new__(pipeline.Run)
         run.options = TrainOptions(**changes)
         run.kv = "quantized" if run.options.kv else None  # type: ignore[assignment]
         run.recipes, run.checkpoint = lowbit.recipe.several(run.options.recipe), checkpoint
         run.model = load(checkpoint)
-        return run._starts_well()
+        return run
+
+    def starts_well(**changes: Any) -> bool:
+        return run_of(**changes)._starts_well()
 
     with open_checkpoint(tiny_llama()) as checkpoint:
         assert starts_well() and starts_well(recipe="int4_g32") and starts_well(recipe="mobile_w4")
         assert not starts_well(start="nearest") and not starts_well(kv="q4_0")
         assert not starts_well(recipe="mobile_mlp2") and not starts_well(recipe="q4_0,mlx_affine4")
         assert not starts_well(activations="runtime")
+        assert run_of()._collecting(100.0) == pytest.approx(60, abs=1)
+        assert run_of(start="nearest")._collecting(100.0) == pytest.approx(35)
+        monkeypatch.setattr(pipeline, "_ROUNDING_SECONDS", 1.0)  # rounding has what it cannot do without
+        assert run_of()._collecting(100.0) == pytest.approx(35)
 
 
 def test_a_killed_calibration_goes_on(

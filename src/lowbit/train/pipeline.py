@@ -48,6 +48,7 @@ _SAMPLING_SHARE = 0.08  # of the budget, where nothing else is asked for
 # Of the time left when they begin; the second where the start is nearly all that a short training gains.
 _COLLECTING_SHARE = (0.35, 0.6)
 _ROUNDING_SHARE = (0.3, 0.9)
+_ROUNDING_SECONDS = 5e-7  # a weight and core, without its sweeps: what is kept for it
 _CALIBRATION_SEQUENCES = 96
 _FEWEST_STEPS = 16  # of distillation that may gain on such a start; fewer are noise (dev/LOG.md)
 _ROUNDING_SLACK = 0.1  # of its time that rounding may be behind before it leaves the sweeps out
@@ -422,8 +423,7 @@ class Run:
         if not moments.exists():
             n = min(_CALIBRATION_SEQUENCES, len(self.sequences) - _held_out(len(self.sequences)))
             # Written down, so that a killed run goes on with what it has collected.
-            share = _COLLECTING_SHARE[self._starts_well()]
-            minutes = facts.setdefault("calibration_minutes", share * max(0.0, self.left(start)) / 60)
+            minutes = facts.setdefault("calibration_minutes", self._collecting(max(0.0, self.left(start))) / 60)
             options = importance.CollectOptions(
                 minutes=minutes if by_clock else None, precision=facts["dtype"], seed=self.options.seed
             )
@@ -446,6 +446,12 @@ class Run:
                 bar.update(done)
                 self.ledger.tick()
         return found
+
+    def _collecting(self, left: float) -> float:
+        """Seconds of those that are left for collecting moments."""
+        least, share = (part * left for part in (_COLLECTING_SHARE[0], _COLLECTING_SHARE[self._starts_well()]))
+        weights = sum(self.model.get_parameter(name).numel() for name in self._trained())
+        return max(least, min(share, left - _ROUNDING_SECONDS * weights / torch.get_num_threads()))
 
     def _starts_well(self) -> bool:
         """Whether rounding under gradients gains more than distillation in the same time: where it chooses the codes of
