@@ -111,8 +111,7 @@ def connect(address: str, *, shows: bool = False, tells: bool = False) -> bool:
     if ray.is_initialized():
         return False
     target = address if "://" in address else _answering(address)
-    if not shows:
-        _hush()
+    _show(shows)
     try:
         told = {"runtime_env": {"env_vars": {"RAY_ADDRESS": target}}} if tells else {}
         ray.init(address=target, log_to_driver=shows, configure_logging=False, **told)
@@ -143,13 +142,15 @@ def said(error: BaseException) -> str:
     return (lines[0] if lines else type(error).__name__)[:200]
 
 
-def _hush() -> None:
-    """Ray prints what becomes of nodes on standard output, where a batch's results may go. The runner says it too."""
-    logging.getLogger("ray").setLevel(logging.CRITICAL)
+def _show(shows: bool) -> None:
+    """Whether Ray prints, which tells what becomes of nodes on standard output, where a batch's results may go; the
+    runner says it too."""
+    logging.getLogger("ray").setLevel(logging.NOTSET if shows else logging.CRITICAL)
     with contextlib.suppress(ImportError):
         from ray._private import worker
 
-        worker.print_to_stdstream = lambda *_, **__: None
+        printing = vars(worker).setdefault("_lowbit_found", worker.print_to_stdstream)
+        worker.print_to_stdstream = printing if shows else lambda *_, **__: None
 
 
 def _answering(address: str) -> str:

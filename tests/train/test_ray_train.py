@@ -19,6 +19,7 @@ from ray_nodes import Cluster
 from texts_to_train_on import random_words
 
 import lowbit
+from lowbit import ray_cluster
 from lowbit.cli import main
 from lowbit.errors import BadOption, BadText, RuntimeFailed
 from lowbit.train import TrainOptions
@@ -114,3 +115,13 @@ def test_a_cluster_that_is_not_there_or_too_small(
     words = ["train", "model", "-o", str(tmp_path / "out"), "--launcher", "ray", "--processes", "2"]
     assert main(words) == 2
     assert "pip install 'lowbit[ray-train]'" in capsys.readouterr().err
+
+
+def test_what_a_batch_hushed_is_shown_again() -> None:
+    """A batch hides what Ray prints; a training in the same process shows its workers' progress all the same."""
+    from ray._private import worker
+
+    printing = worker.print_to_stdstream
+    for shows in (False, False, True):
+        ray_cluster._show(shows)
+        assert (worker.print_to_stdstream is printing) == shows
