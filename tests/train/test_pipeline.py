@@ -160,12 +160,15 @@ def test_training_helps_with_text_that_it_has_not_seen(
     assert len(klds) >= 2 and klds[-1] < 0.8 * klds[0]
 
 
-def test_a_start_that_training_would_spoil_is_kept(tiny_llama: Callable[..., Path], prose: str, tmp_path: Path) -> None:
+def test_a_start_that_training_would_spoil_is_kept(
+    tiny_llama: Callable[..., Path], prose: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Steps that are too large cost more than they bring: what comes out is the start, and the record says so."""
     options = TrainOptions(data=prose, learning_rate=3e-2, **FEW | {"steps": 12, "batch_size": 2})
     done = lowbit.train(tiny_llama(), tmp_path / "out", options=options)
     klds = [point["kld"] for point in done.record["curve"] if "kld" in point]
     assert klds[-1] > klds[0]
+    assert f", then {klds[-1]:.4f}): the start is kept" in capsys.readouterr().err
     for path in done.start.iterdir():
         assert (done.path / path.name).read_bytes() == path.read_bytes()
     assert done.record["phases"][-1]["detail"] == "12 steps, no help with unseen text: the start was kept"

@@ -124,6 +124,15 @@ def test_text_of_their_own_is_written_together(tiny_gemma3: Callable[..., Path],
     assert done["curve"] and (tmp_path / "out" / "lowbit.json").exists()
 
 
+def test_by_the_clock_they_decide_together(tiny_llama: Callable[..., Path], prose: str, tmp_path: Path) -> None:
+    """Whether there is time for steps that gain on the start."""
+    model, options = tiny_llama(num_hidden_layers=2), FEW | {"data": prose, "steps": None}
+    short = trained(2, model, tmp_path / "short", options | {"minutes": 0.002})
+    assert not short["curve"] and short["phases"][-1]["detail"] == "0 steps, too little time: the start was kept"
+    assert_same_weights(tmp_path / "short", tmp_path / "short.work" / "start")
+    assert trained(2, model, tmp_path / "longer", options | {"minutes": 0.3})["curve"]
+
+
 def test_a_step_that_cannot_be_shared_out_is_refused() -> None:
     with pytest.raises(BadOption, match=r"3 processes .* Try --batch-size 2 --accumulate 3"):
         check_divisible(TrainOptions(batch_size=2, accumulate=2), 3)

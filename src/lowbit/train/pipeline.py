@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 
 from lowbit import console, texts
+from lowbit import grid as grids
 from lowbit import recipe as recipes
 from lowbit.checkpoint import Checkpoint, open_checkpoint
 from lowbit.checkpoint.model import MANIFEST
@@ -416,7 +417,7 @@ class Run:
 
     def _calibrated(self, start: float) -> dict[str, torch.Tensor]:
         """{"weight:NAME": float32} and the parts of its frame ("scales:NAME", ...) for every matrix that is trained."""
-        grids = [assignment(self.model, recipe) for recipe in self.recipes]
+        assigned = [assignment(self.model, recipe) for recipe in self.recipes]
         names = self._trained()
         moments, facts = self.work / "calibration.safetensors", self.ledger.facts
         by_clock = self.options.steps is None
@@ -437,7 +438,7 @@ class Run:
             return not by_clock or time.monotonic() - begin < done * seconds + _ROUNDING_SLACK * seconds
 
         with console.progress("Calibrated rounding", len(names)) as bar:
-            wanted = {name: tuple(of[name] for of in grids) for name in names}
+            wanted = {name: tuple(of[name] for of in assigned) for name in names}
             each = rounded(self.model, wanted, moments, torch.get_num_threads(), in_time)
             for done, (name, weight, starts) in enumerate(each, 1):
                 found[f"weight:{name}"] = weight.cpu().contiguous()
@@ -450,7 +451,7 @@ class Run:
     def _collecting(self, left: float) -> float:
         """Seconds of those that are left for collecting moments."""
         least, share = (part * left for part in (_COLLECTING_SHARE[0], _COLLECTING_SHARE[self._starts_well()]))
-        weights = sum(self.model.get_parameter(name).numel() for name in self._trained())
+        weights = sum(math.prod(self.checkpoint.specs[name].shape) for name in self._trained())
         return max(least, min(share, left - _ROUNDING_SECONDS * weights / torch.get_num_threads()))
 
     def _starts_well(self) -> bool:
@@ -459,8 +460,8 @@ class Run:
         weights_alone = self.kv is None and self.options.activations == "float" and len(self.recipes) == 1
         if self.options.start != "calibrated" or not weights_alone:
             return False
-        grids = assignment(self.model, self.recipes[0])
-        return all(grids[name].bits_per_weight >= 4 for name in self._trained())
+        types = self.recipes[0].assign(self.checkpoint)
+        return all(grids.get(types[name]).bits_per_weight >= 4 for name in self._trained())
 
     def chosen(self) -> list[torch.nn.Parameter]:
         """Marks what is trained, and gives it."""
@@ -478,8 +479,8 @@ class Run:
 
     def _rounded_modules(self) -> tuple[str, ...]:
         """The linear layers whose weights the recipe rounds."""
-        grids = assignment(self.model, self.recipes[0])
-        return tuple(name.removesuffix(".weight") for name, grid in grids.items() if grid.bits_per_weight <= 8)
+        assigned = assignment(self.model, self.recipes[0])
+        return tuple(name.removesuffix(".weight") for name, grid in assigned.items() if grid.bits_per_weight <= 8)
 
     def distil(self) -> None:
         """End-to-end distillation for what is left of the budget, and the checkpoint."""
@@ -495,13 +496,15 @@ class Run:
         checkpoint = self.world.first(lambda: latest_checkpoint(self.work / "trainer"))
         if trained and (seconds > 0 or self.options.steps or checkpoint is not None):
             trainer, curve = distil(lambda spent: self._trainer(seconds, spent), checkpoint)
-            is_worse = self._is_worse(trainer.start_kld, curve[-1].get("kld"))
+            before, after = trainer.start_kld, curve[-1].get("kld")
+            is_worse = self._is_worse(before, after)
+            if is_worse:
+                told = f"KLD {before:.4f}, then {after:.4f}"
+                console.log(f"Distillation does not help with unseen text ({told}): the start is kept")
         distilled = curve[-1]["seconds"] if curve else time.monotonic() - start
         if self._diverged(trained):
             hint = "Start again in another --out with a smaller --learning-rate"
             raise BadOption("the training has diverged", where=self.out, found="NaN or Inf", hint=hint)
-            if is_worse:
-                console.log("Distillation does not help with unseen text: the start is kept")
         if is_worse:
             self.ledger.facts["kept"] = "start"
             self.world.first(lambda: shutil.copytree(self.work / "start", self.out, dirs_exist_ok=True))
