@@ -19,25 +19,25 @@ from lowbit.errors import BadFile, Unsupported
 
 KIND = "static-int8"
 SCHEME: dict[str, Any] = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}
-_OF_MATRIX = {"input": "input_activation_scale", "output": "output_activation_scale"}
-_OF_CACHE = {"k": "k_cache_scale", "v": "v_cache_scale"}
+OF_MATRIX = {"input": "input_activation_scale", "output": "output_activation_scale"}
+OF_CACHE = {"k": "k_cache_scale", "v": "v_cache_scale"}
 
 
 def names_of(matrix: str) -> Iterator[tuple[str, str]]:
     """(in lowbit's folder, in compressed-tensors') of every scale that may lie beside the matrix 'X.weight': a cache's
     two beside the projection of its keys."""
     module = matrix.removesuffix(".weight")
-    for kind, ours in _OF_MATRIX.items():
+    for kind, ours in OF_MATRIX.items():
         yield f"{module}.{ours}", f"{module}.{kind}_scale"
     attention, _, projection = module.rpartition(".")
     if projection == "k_proj":
-        for kind, ours in _OF_CACHE.items():
+        for kind, ours in OF_CACHE.items():
             yield f"{attention}.{ours}", f"{attention}.{kind}_scale"
 
 
 def is_of_cache(name: str) -> bool:
     """Of a scale's name in lowbit's folder."""
-    return name.endswith(tuple(_OF_CACHE.values()))
+    return name.endswith(tuple(OF_CACHE.values()))
 
 
 def read(folder: Path, described: Any) -> dict[str, np.float32]:

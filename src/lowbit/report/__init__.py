@@ -150,9 +150,7 @@ def _plots(seen: Any) -> dict[str, dict[str, Any]]:
         made["plan"] = drawn
     for width_name, width in (("wide", charts.WIDE), ("narrow", charts.NARROW)):
         rows = [
-            charts.Row(
-                label=a.title, series=a.role if a.role in charts.SERIES else "model", figure=a.fidelity["kld_mean"]
-            )
+            charts.Row(label=a.title, series=a.role, figure=a.fidelity["kld_mean"])
             for a in seen.artifacts
             if a.role != "reference" and "kld_mean" in a.fidelity
         ]

@@ -78,7 +78,7 @@ def _shortened(name: str) -> str:
 
 
 def _interval_row(row: Row, left: float, scale: float, y: float, *, label_above: bool) -> Markup:
-    figure = row.figure
+    figure, series = row.figure, row.series if row.series in SERIES else "model"
     low, x, high = (left + max(0.0, v) * scale for v in (figure.low, figure.value, figure.high))
     name = (
         Markup('<text class="name" x="{}" y="{}">{}</text>').format(left, place(y - 16), _shortened(row.label))
@@ -91,14 +91,13 @@ def _interval_row(row: Row, left: float, scale: float, y: float, *, label_above:
     caps = Markup("M{0} {2}V{3}M{0} {1}H{4}M{4} {2}V{3}").format(
         place(low), place(y), place(y - 9), place(y + 9), place(high)
     )
-    line = Markup('<path class="range s-{}" d="{}"/>').format(row.series, caps)
+    line = Markup('<path class="range s-{}" d="{}"/>').format(series, caps)
     value = Markup('<text class="value" x="{}" y="{}">{}</text>').format(place(high + 12), place(y + 5), figure.short)
-    return name + line + _mark(row.series, x, y) + value
+    return name + line + _mark(series, x, y) + value
 
 
 def _mark(series: str, x: float, y: float) -> Markup:
-    shape = SERIES.get(series, SERIES["model"])
-    return Markup(shape).format(
+    return Markup(SERIES[series]).format(
         x=place(x),
         y=place(y),
         x0=place(x - 4.5),

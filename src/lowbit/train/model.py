@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 from lowbit import grid as grids
-from lowbit.checkpoint import Checkpoint, Tensor, write_checkpoint
+from lowbit.checkpoint import Checkpoint, Tensor, static_activations, write_checkpoint
 from lowbit.checkpoint.model import ACTIVATIONS
 from lowbit.grid.base import Blocks, Grid
 from lowbit.run._hf_model import quiet_transformers, weights
@@ -42,7 +42,7 @@ def save(model: nn.Module, folder: str | Path, *, like: Checkpoint, trained_for:
     if scales:
         Path(folder).mkdir(parents=True, exist_ok=True)
         save_tensors(scales, Path(folder) / ACTIVATIONS)
-        notes["activations"] = {"kind": "static-int8", "file": ACTIVATIONS}
+        notes["activations"] = {"kind": static_activations.KIND, "file": ACTIVATIONS}
     if chosen(model).n > 1:
         notes["also"] = _also(model, Path(folder))
     return write_checkpoint(folder, like, tensors(model, like), notes=notes)

@@ -18,14 +18,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lowbit.checkpoint.static_activations import OF_CACHE, OF_MATRIX
 from lowbit.train.precision import autocast
 
 ATTENTION = "lowbit_static_cache"
 PARAMETER = "range_scale"
-_NAMES = {
-    "input_range": "input_activation_scale", "output_range": "output_activation_scale",
-    "k_cache_range": "k_cache_scale", "v_cache_range": "v_cache_scale",
-}  # fmt: skip
+_NAMES = {f"{kind}_range": name for kind, name in OF_MATRIX.items()}
+_NAMES |= {f"{kind}_cache_range": name for kind, name in OF_CACHE.items()}
 _LOW, _HIGH = -128.0, 127.0
 _ROWS = 192  # of an activation kept to choose its scale by, at most
 _ROWS_A_CALL = 24
