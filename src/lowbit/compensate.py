@@ -16,6 +16,7 @@ Inside, arrays are (..., columns of a block, rows), so that numpy works on many 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -93,8 +94,13 @@ def compensate_together(
         found.insert(0, compensate(ordered[part] + share @ errors[after], moments, grid, sweeps=sweeps))
         errors[part] = ordered[part] - grid.dequantize(found[0])
     back = np.argsort(order)
-    whole = {field.name: [getattr(blocks, field.name) for blocks in found] for field in fields(Blocks)}
-    return Blocks(**{name: None if parts[0] is None else np.concatenate(parts)[back] for name, parts in whole.items()})
+    return Blocks(**{name: None if part is None else part[back] for name, part in vars(joined(found)).items()})
+
+
+def joined(parts: Sequence[Blocks]) -> Blocks:
+    """Blocks of rows one below the other."""
+    whole = {field.name: [getattr(blocks, field.name) for blocks in parts] for field in fields(Blocks)}
+    return Blocks(**{name: None if each[0] is None else np.concatenate(each) for name, each in whole.items()})
 
 
 def loss(values: np.ndarray, rounded: np.ndarray, moments: Moments) -> np.ndarray:

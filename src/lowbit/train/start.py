@@ -19,7 +19,7 @@ import safetensors
 import torch
 from threadpoolctl import threadpool_limits
 
-from lowbit.compensate import DAMPING, SWEEPS, can_compensate, compensate, compensate_together, moments_of
+from lowbit.compensate import DAMPING, SWEEPS, can_compensate, compensate, compensate_together, joined, moments_of
 from lowbit.grid.base import Blocks, Grid
 from lowbit.threads import in_order
 from lowbit.train import frame_search, frames
@@ -91,9 +91,8 @@ def _blockwise(
     if slopes is not None:
         found = compensate_together(values, moments, slopes, grid, sweeps=sweeps)
     else:
-        rows = [np.ascontiguousarray(values[at : at + _ROWS]) for at in range(0, len(values), _ROWS)]
-        parts = [vars(compensate(part, moments, grid, sweeps=sweeps)) for part in rows]
-        found = Blocks(**{k: None if v is None else np.concatenate([p[k] for p in parts]) for k, v in parts[0].items()})
+        rows = (np.ascontiguousarray(values[at : at + _ROWS]) for at in range(0, len(values), _ROWS))
+        found = joined([compensate(part, moments, grid, sweeps=sweeps) for part in rows])
     blocks = frames.of_arrays(found, weight.device)
     return _in_cells(weight, blocks, grid), frames.without_codes(blocks)
 
